@@ -1,0 +1,59 @@
+"""Every name that a plugin or a library user may import; the rest may change without notice."""
+
+from __future__ import annotations
+
+from iec_eval.calibration import Bench
+from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.clock import Clock
+from iec_eval.denoising import Condition, Denoiser, Step, denoise
+from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.errors import (
+    ConfigError,
+    CorruptFile,
+    IecEvalError,
+    Incompatible,
+    MissingArtifact,
+    PluginError,
+    StorageError,
+    UnknownName,
+)
+from iec_eval.hookspecs import hookimpl
+from iec_eval.metrics.base import Metric
+from iec_eval.metrics.features import FeatureNetwork, Features
+from iec_eval.models.base import DiffusionModel, to_uint8
+from iec_eval.noise import Draw, Noise
+from iec_eval.options import BaseOptions
+from iec_eval.samplers.base import Sampler, State
+from iec_eval.schedule import NoiseSchedule
+
+__all__ = [
+    "Artifact",
+    "BaseOptions",
+    "Bench",
+    "Clock",
+    "Condition",
+    "ConfigError",
+    "CorruptFile",
+    "Denoiser",
+    "DenoisingCallback",
+    "DiffusionModel",
+    "Draw",
+    "EfficiencyMethod",
+    "FeatureNetwork",
+    "Features",
+    "IecEvalError",
+    "Incompatible",
+    "Metric",
+    "MissingArtifact",
+    "Noise",
+    "NoiseSchedule",
+    "PluginError",
+    "Sampler",
+    "State",
+    "Step",
+    "StorageError",
+    "UnknownName",
+    "denoise",
+    "hookimpl",
+    "to_uint8",
+]

@@ -1,0 +1,1 @@
+"""Denoising callbacks: refine a prediction before the sampler uses it."""

@@ -1,0 +1,210 @@
+"""The ``iec-eval`` command: parse, call one verb of the workflow, print.
+
+Only click is imported at start-up, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from iec_eval import __version__
+from iec_eval.errors import IecEvalError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class ErrorBoundary(click.Group):
+    """Turns the project's errors and interruptions into one message and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IecEvalError as error:
+            click.echo(f"iec-eval: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            _say_kept("interrupted")
+            sys.exit(130)
+        except BaseException as error:
+            if type(error).__name__ != "Terminated":
+                raise
+            _say_kept("asked to stop")
+            sys.exit(143)
+
+
+def _say_kept(what: str) -> None:
+    click.echo(
+        f"\niec-eval: {what}; every finished chunk is kept, run the same command again to go on",
+        err=True,
+    )
+
+
+@click.group(cls=ErrorBoundary, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="iec-eval")
+def cli() -> None:
+    """Evaluate efficient diffusion models, with and without iterative error correction.
+
+    STUDY is the path of a study file or the name of a packaged one, such as quickstart.
+    """
+
+
+def study_options(command: Command) -> Command:
+    """The argument STUDY with overrides and output folder."""
+    command = click.option(
+        "-o", "--out", type=click.Path(path_type=Path), help="Run folder [default: runs/<study>]."
+    )(command)
+    command = click.option(
+        "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        help="Override a key of the study, as in -s images.count=128; repeatable.",
+    )(command)
+    return click.argument("study")(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+
+
+@cli.command()
+@study_options
+def launch(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Do everything that is missing: generate, evaluate, report."""
+    from iec_eval import workflow
+
+    _finish(workflow.launch(study, overrides, out))
+
+
+@cli.command()
+@study_options
+@click.option("--shard", metavar="I/N", help="Only this share of the chunks: 0/16 to 15/16.")
+def generate(
+    study: str, overrides: tuple[str, ...], out: Path | None, shard: str | None
+) -> None:
+    """Make the images that are missing."""
+    from iec_eval import workflow
+
+    sys.exit(workflow.generate(study, overrides, out, shard))
+
+
+@cli.command()
+@study_options
+def evaluate(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Score the images that are there and write results.json and the report."""
+    from iec_eval import workflow
+
+    _finish(workflow.evaluate(study, overrides, out))
+
+
+@cli.command()
+@study_options
+def report(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Write table.md, gallery.png and report.html again from the results."""
+    from iec_eval import workflow
+
+    for path in workflow.report(study, overrides, out):
+        click.echo(path)
+
+
+@cli.command()
+@study_options
+@json_option
+def show(study: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Show what a study would do and cost; reads no weights."""
+    from iec_eval import workflow
+
+    click.echo(workflow.show(study, overrides, out, as_json=as_json))
+
+
+@cli.command()
+@click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-f", "--format", "style", default="md", show_default=True,
+    type=click.Choice(["md", "csv", "json", "latex"]), help="How to print it.",
+)
+@json_option
+def table(out: tuple[Path, ...], style: str, as_json: bool) -> None:
+    """Print the table of one or several run folders."""
+    from iec_eval import workflow
+
+    click.echo(workflow.table(out, "json" if as_json else style))
+
+
+@cli.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """List what is installed: distributions, their hooks and names, and broken ones."""
+    from iec_eval import workflow
+
+    click.echo(workflow.plugins(as_json=as_json))
+
+
+@cli.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the models, samplers, methods, callbacks and metrics, with their options."""
+    from iec_eval import workflow
+
+    click.echo(workflow.parts(as_json=as_json))
+
+
+@cli.command()
+@click.argument("images")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--features", default="inception", show_default=True, help="Feature network.")
+@click.option("--weights", help="Weights file of the feature network.")
+@click.option("--pad", default=0, show_default=True, help="Black border in pixels.")
+@click.option("--size", type=int, help="Final side length in pixels.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Final number of channels.")
+@click.option("--count", type=int, help="Only the first COUNT images.")
+def reference(images: str, out: Path, **options: Any) -> None:
+    """Make reference statistics OUT from IMAGES.
+
+    IMAGES is a folder, an .npz file or torchvision:NAME:ROOT:SPLIT.
+    """
+    from iec_eval import workflow
+
+    click.echo(workflow.reference(images, out, **options))
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--variant", help="Only this row; its name or the start of its folder's name.")
+def export(out: Path, folder: Path, variant: str | None) -> None:
+    """Write the images of run folder OUT as PNG files under FOLDER."""
+    from iec_eval import workflow
+
+    click.echo(workflow.export(out, folder, variant))
+
+
+@cli.command()
+@click.argument("images")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--test", "test_images", help="Held-out images, for accuracy and the FID floor.")
+@click.option("--tag", required=True, help="Names the scores: fid-TAG.")
+@click.option("--steps", type=int, default=12000, show_default=True, help="Denoiser steps.")
+@click.option("--epochs", type=int, default=12, show_default=True, help="Classifier epochs.")
+@click.option("--pad", default=0, show_default=True, help="Black border in pixels.")
+@click.option("--size", type=int, help="Final side length in pixels.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Final number of channels.")
+@click.option("--threads", type=int, help="CPU threads.")
+def train(images: str, out: Path, **options: Any) -> None:
+    """Train a small model on IMAGES into the folder OUT; resumes.
+
+    Makes what the packaged model has: network, feature network, reference statistics.
+    """
+    from iec_eval import workflow
+
+    click.echo(workflow.train(images, out, **options))
+
+
+def _finish(outcome: Any) -> None:
+    """Print the table and end with status 1 if a variant failed; other ranks stay silent."""
+    if outcome is None:
+        return
+    click.echo(outcome.text)
+    sys.exit(0 if outcome.complete else 1)

@@ -1,0 +1,1 @@
+"""Efficiency methods: cheaper networks that stand in for the full one."""

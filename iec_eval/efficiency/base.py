@@ -1,0 +1,60 @@
+"""What an efficiency method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from iec_eval.clock import Clock
+from iec_eval.options import BaseOptions
+
+if TYPE_CHECKING:
+    from iec_eval.calibration import Bench
+
+Slot = Literal["cacher", "quantizer"]
+Artifact = Mapping[str, Tensor]
+
+
+class EfficiencyMethod(ABC):
+    """Replaces a network by a cheaper one.
+
+    Attributes:
+        name: what studies call it.
+        version: raise it when the same options would give other numbers than before.
+        slot: at most one method of a run may hold each slot; None holds none.
+        simulated: True where the arithmetic that is saved on paper is still done in fact.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
+    version: ClassVar[int] = 1
+    slot: ClassVar[Slot | None] = None
+    simulated: ClassVar[bool] = False
+
+    def __init__(self, options: BaseOptions) -> None:
+        self.options = options
+
+    def parts(self) -> Sequence[EfficiencyMethod]:
+        """The stages, in order; a composite returns its own, a plain method itself."""
+        return [self]
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        """Measure what :meth:`apply` needs, on the network with the earlier parts applied.
+
+        Returns named tensors, which are saved; nothing for a method that needs none.
+        """
+        return {}
+
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        """Steps of ``range(total)`` that run the whole network; step 0 must be one."""
+        return range(total)
+
+    @abstractmethod
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        """The cheaper network, called as the given one is; it may change the given one.
+
+        Raises Incompatible for a network it cannot handle.
+        """

@@ -1,0 +1,13 @@
+"""The built-in efficiency methods, registered like anybody's."""
+
+from __future__ import annotations
+
+from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.hookspecs import hookimpl
+
+
+@hookimpl
+def iec_eval_efficiency_methods() -> list[type[EfficiencyMethod]]:
+    from iec_eval.efficiency.deepcache import DeepCache
+
+    return [DeepCache]

@@ -1,0 +1,5 @@
+"""Packaged models, each a folder with its data card (README.md)."""
+
+from pathlib import Path
+
+FASHION_MNIST = Path(__file__).parent / "fashion_mnist"

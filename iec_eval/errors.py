@@ -1,0 +1,52 @@
+"""The one error family: everything a user can cause is an :class:`IecEvalError`.
+
+Library code raises these; the command line turns them into one message and exit status 2.
+Each message says what happened, what was wanted, what was got and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class IecEvalError(Exception):
+    """Base of every error that iec_eval raises on purpose."""
+
+
+class ConfigError(IecEvalError):
+    """A study, option or command-line value is wrong."""
+
+
+class UnknownName(ConfigError):  # noqa: N818 - reads as the fact it reports
+    """A name that nobody registered."""
+
+    def __init__(
+        self, kind: str, name: str, available: Iterable[str], *, hint: str | None = None
+    ) -> None:
+        names = sorted(available)
+        near = get_close_matches(name, names, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        listing = ", ".join(names) or "none"
+        extra = f" ({hint})" if hint else ""
+        super().__init__(f"unknown {kind} {name!r}{guess} (available: {listing}){extra}")
+
+
+class Incompatible(ConfigError):  # noqa: N818
+    """Parts that are each valid but do not work together."""
+
+
+class MissingArtifact(IecEvalError):  # noqa: N818
+    """A file that an earlier stage should have made is not there."""
+
+
+class PluginError(IecEvalError):
+    """A plugin is broken, or two plugins claim one name."""
+
+
+class StorageError(IecEvalError):
+    """A file or folder cannot be written: no space, no permission, not a folder."""
+
+
+class CorruptFile(IecEvalError):  # noqa: N818
+    """A file exists but cannot be read as what it should be."""

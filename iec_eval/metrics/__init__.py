@@ -1,0 +1,1 @@
+"""Metrics: what is read off the images."""

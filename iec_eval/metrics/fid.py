@@ -1,0 +1,133 @@
+"""Fréchet Inception Distance (Heusel et al. 2017, eq. 6) against stored reference statistics."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from iec_eval.errors import ConfigError, Incompatible
+from iec_eval.metrics.base import FeatureMetric, FeatureOptions
+from iec_eval.metrics.features import Features
+from iec_eval.metrics.statistics import ReferenceStatistics, open_reference
+
+
+class FIDOptions(FeatureOptions):
+    """Options of FID."""
+
+    reference: str = Field(
+        description="reference statistics: a file or a packaged set (fashion-mnist)"
+    )
+    allow_biased: bool = Field(
+        False, description="score fewer images than feature dimensions, where FID means little"
+    )
+
+
+class FID(FeatureMetric):
+    """``|mu - mu_r|^2 + tr(sigma + sigma_r - 2 (sigma sigma_r)^(1/2))``; zero is best.
+
+    The result is called ``fid`` for InceptionV3 and ``fid-<tag>`` for any other network. States
+    are the float64 sums of torchmetrics' own metric, which computes the distance.
+    """
+
+    name = "fid"
+    Options = FIDOptions
+    higher_is_better = False
+    features_sum: Tensor
+    features_cov_sum: Tensor
+    features_num_samples: Tensor
+
+    def __init__(self, options: FIDOptions) -> None:
+        super().__init__(options)
+        self._reference, self._allow_biased = options.reference, options.allow_biased
+        size = self.network.dimensions
+        self.add_state("features_sum", torch.zeros(size, dtype=torch.float64), "sum")
+        self.add_state("features_cov_sum", torch.zeros(size, size, dtype=torch.float64), "sum")
+        self.add_state("features_num_samples", torch.tensor(0), "sum")
+
+    @cached_property
+    def reference(self) -> ReferenceStatistics:
+        """The statistics compared with, opened when first asked for."""
+        return open_reference(self._reference)
+
+    def prepare(self, count: int) -> None:
+        super().prepare(count)
+        _check_protocols(self._reference, self.reference.protocol, self.network.identity())
+        least = 2 if self._allow_biased else self.network.dimensions
+        _check_count("images", count, least)
+        _check_count(f"reference images in {self._reference}", self.reference.count, least)
+
+    def protocol(self) -> dict[str, Any]:
+        reference = {
+            "digest": self.reference.digest(),
+            "count": self.reference.count,
+            "source": self.reference.source,
+        }
+        return {**super().protocol(), "reference": reference, "accumulation": "float64"}
+
+    def update(self, features: Features, indices: Tensor) -> None:
+        vectors = features.features.double()
+        self.features_sum += vectors.sum(dim=0)
+        self.features_cov_sum += vectors.T @ vectors
+        self.features_num_samples += len(vectors)
+
+    def compute(self) -> dict[str, float]:
+        count = int(self.features_num_samples)
+        value = distance_to(self.reference, self.features_sum, self.features_cov_sum, count)
+        return {self.result(self.name): value}
+
+
+def distance_to(
+    reference: ReferenceStatistics, features_sum: Tensor, features_cov_sum: Tensor, count: int
+) -> float:
+    """FID of ``count`` features to ``reference``.
+
+    ``features_sum [D]`` is the sum of the features f, ``features_cov_sum [D, D]`` that of
+    f f^T, both float64. For a bootstrap these are weighted sums: ``w @ f`` and ``f.T @ (w * f)``.
+    """
+    metric = FrechetInceptionDistance(_Precomputed(len(features_sum)))
+    metric.orig_dtype = torch.float64  # the result's, which no update has told it
+    mu, sigma, n = reference.mu, reference.sigma, reference.count
+    metric.real_features_sum = mu * n
+    metric.real_features_cov_sum = sigma * (n - 1) + n * torch.outer(mu, mu)
+    metric.real_features_num_samples = torch.tensor(n)
+    metric.fake_features_sum = features_sum.cpu()
+    metric.fake_features_cov_sum = features_cov_sum.cpu()
+    metric.fake_features_num_samples = torch.tensor(count)
+    return float(FrechetInceptionDistance.compute(metric))
+
+
+class _Precomputed(nn.Identity):
+    """Stands where torchmetrics expects InceptionV3: the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def _check_protocols(name: str, reference: dict[str, str], network: dict[str, str]) -> None:
+    if reference == network:
+        return
+    keys = [key for key in {**reference, **network} if reference.get(key) != network.get(key)]
+    described = [
+        f"{key}: {reference.get(key, 'nothing')!r} there, {network.get(key, 'nothing')!r} here"
+        for key in keys
+    ]
+    raise Incompatible(
+        f"fid: reference {name!r} was made by another protocol than this metric's features "
+        f"({'; '.join(described)}); use the features it was made with, or make a reference with "
+        "these"
+    )
+
+
+def _check_count(what: str, count: int, least: int) -> None:
+    if count < least:
+        raise ConfigError(
+            f"fid: {count} {what}, wanted {least} or more, the dimensions of a feature: below "
+            "that the covariance is singular and FID far too high; use more images, or set "
+            "allow_biased: true to have the number all the same"
+        )

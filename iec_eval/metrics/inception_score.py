@@ -1,0 +1,97 @@
+"""Inception Score (Salimans et al. 2016, section 4) with splits that do not depend on chance."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchmetrics.image import inception
+from torchmetrics.utilities import dim_zero_cat
+
+from iec_eval.errors import ConfigError
+from iec_eval.metrics.base import FeatureMetric, FeatureOptions
+from iec_eval.metrics.features import Features
+
+
+class InceptionScoreOptions(FeatureOptions):
+    """Options of Inception Score."""
+
+    splits: int = Field(10, ge=1, description="parts to score one by one and average")
+    seed: int = Field(0, ge=0, description="which images share a part")
+
+
+class InceptionScore(FeatureMetric):
+    """``exp E_x KL(p(y|x) || p(y))``, mean and standard deviation over the splits.
+
+    The results are called ``is`` and ``is-std``, for any network but InceptionV3 ``is-<tag>`` and
+    ``is-std-<tag>``. The deviation is that of the population (0 for one split), as in the
+    original code.
+    """
+
+    name = "is"
+    Options = InceptionScoreOptions
+    higher_is_better = True
+    logits: list[Tensor]
+    indices: list[Tensor]
+
+    def __init__(self, options: InceptionScoreOptions) -> None:
+        super().__init__(options)
+        self._splits, self._seed = options.splits, options.seed
+        self.add_state("logits", [], "cat")
+        self.add_state("indices", [], "cat")
+
+    def prepare(self, count: int) -> None:
+        super().prepare(count)
+        if count < self._splits:
+            raise ConfigError(
+                f"is: {count} images in {self._splits} splits leaves some empty; "
+                "use more images or fewer splits"
+            )
+
+    def protocol(self) -> dict[str, Any]:
+        rule = {"count": self._splits, "seed": self._seed, "rule": "ranks of blake2b(seed:index)"}
+        return {**super().protocol(), "splits": rule, "accumulation": "float64"}
+
+    def update(self, features: Features, indices: Tensor) -> None:
+        self.logits.append(features.logits)
+        self.indices.append(indices)
+
+    def compute(self) -> dict[str, float]:
+        logits, indices = dim_zero_cat(self.logits), dim_zero_cat(self.indices)
+        order = shuffled(indices.tolist(), self._seed)
+        parts = torch.tensor_split(logits[order].double(), self._splits)
+        scores = torch.tensor([inception_score(part) for part in parts], dtype=torch.float64)
+        return {
+            self.result("is"): float(scores.mean()),
+            self.result("is-std"): float(scores.std(correction=0)),
+        }
+
+
+def inception_score(logits: Tensor) -> float:
+    """Inception Score of ``logits [N, K]`` as one split; torchmetrics computes it."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all")
+        torch.manual_seed(0)  # it shuffles: changes the order of a sum, not what is summed
+        metric = inception.InceptionScore(feature=nn.Identity(), splits=1)
+        metric.update(logits)
+        mean, _ = inception.InceptionScore.compute(metric)
+    return float(mean)
+
+
+def shuffled(indices: Sequence[int], seed: int) -> list[int]:
+    """Positions of ``indices`` in an order that depends on the seed and the indices alone.
+
+    Raises ValueError if an index comes twice.
+    """
+    if len(set(indices)) < len(indices):
+        raise ValueError("an image was counted twice")
+    return sorted(range(len(indices)), key=lambda position: _rank(indices[position], seed))
+
+
+def _rank(index: int, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=16).digest()

@@ -1,0 +1,1 @@
+"""Diffusion models: what predicts, and how its latents become images."""

@@ -1,0 +1,66 @@
+"""What a diffusion model is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from iec_eval.denoising import Condition
+from iec_eval.options import BaseOptions
+from iec_eval.schedule import NoiseSchedule
+
+Prediction = Literal["epsilon", "v", "sample", "flow"]
+
+
+class DiffusionModel(ABC):
+    """A network with everything around it: schedule, conditions, decoding.
+
+    Construction reads configuration only, so that ``iec-eval show`` costs nothing; weights are
+    read by :meth:`load`. Attributes:
+
+        name: what studies call it.
+        prediction: what the network predicts.
+        shape: of one latent, ``(C, H, W)``.
+        schedule: the forward process it was trained with.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
+    prediction: Prediction = "epsilon"
+    shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+
+    def __init__(self, options: BaseOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The network on the meta device: its structure, without weights or memory."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The network with its weights, in eval mode on the CPU, called ``(sample, timestep, **inputs)``.
+
+        Raises CorruptFile or ConfigError, naming the file, when the weights cannot be read.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """What makes this model this model: a hash for each of its files."""
+
+    def condition(self, images: Sequence[int]) -> Condition:
+        """Labels or prompts of these images, a function of the index alone."""
+        return Condition()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, C, H, W]`` to uint8 ``[B, C', H', W']``, from [-1, 1], round to nearest."""
+        return to_uint8(latents)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, to uint8 0..255, rounded to nearest."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

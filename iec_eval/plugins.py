@@ -1,0 +1,226 @@
+"""The plugin system: a fresh manager, loaded one distribution at a time, and what it registered.
+
+Built-ins come in through the same hooks as everybody else. A third-party plugin that cannot be
+imported or validated is set aside with its error; it never takes the program down.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel
+
+from iec_eval import __version__, hookspecs
+from iec_eval.errors import PluginError, UnknownName
+
+BUILTINS = (
+    "iec_eval.models.hooks",
+    "iec_eval.samplers.hooks",
+    "iec_eval.efficiency.hooks",
+    "iec_eval.callbacks.hooks",
+    "iec_eval.metrics.hooks",
+)
+RESTRICT = "IEC_EVAL_PLUGINS"
+BASES = {
+    "model": ("iec_eval_models", "iec_eval.models.base", "DiffusionModel"),
+    "sampler": ("iec_eval_samplers", "iec_eval.samplers.base", "Sampler"),
+    "efficiency method": (
+        "iec_eval_efficiency_methods",
+        "iec_eval.efficiency.base",
+        "EfficiencyMethod",
+    ),
+    "callback": ("iec_eval_callbacks", "iec_eval.callbacks.base", "DenoisingCallback"),
+    "metric": ("iec_eval_metrics", "iec_eval.metrics.base", "Metric"),
+}
+
+
+@dataclass
+class Distribution:
+    """One installed source of plugins, as ``iec-eval plugins`` lists it."""
+
+    distribution: str
+    version: str
+    hooks: list[str] = field(default_factory=list)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A class somebody registered, and who did."""
+
+    cls: Any
+    owner: str
+
+
+class Registry:
+    """Names to classes, for each kind of part.
+
+    Attributes:
+        manager: the pluggy manager, for the event hooks.
+        distributions: what was found installed, broken ones included.
+    """
+
+    def __init__(self, manager: pluggy.PluginManager, distributions: list[Distribution]) -> None:
+        self.manager, self.distributions = manager, distributions
+        self._parts: dict[str, dict[str, list[Registered]]] = {kind: {} for kind in BASES}
+        for distribution in distributions:
+            self._collect(distribution)
+
+    def names(self, kind: str) -> list[str]:
+        """Registered names of a kind, sorted."""
+        return sorted(self._parts[kind])
+
+    def items(self, kind: str) -> Iterable[tuple[str, Registered]]:
+        """Name and registration of everything of a kind, sorted; double names once for each."""
+        return [(name, one) for name in self.names(kind) for one in self._parts[kind][name]]
+
+    def get(self, kind: str, name: str) -> Any:
+        """The class called ``name``.
+
+        Raises UnknownName, or PluginError if two distributions claim the name.
+        """
+        found = self._parts[kind].get(name, [])
+        if not found:
+            raise UnknownName(kind, name, self.names(kind), hint=self._hint())
+        if len(found) > 1:
+            owners = " and ".join(one.owner for one in found)
+            raise PluginError(
+                f"{kind} {name!r} is registered by {owners}; uninstall one of them, or choose "
+                f"the plugins to load with {RESTRICT}"
+            )
+        return found[0].cls
+
+    def run_finished(self, result: Mapping[str, Any]) -> list[str]:
+        """Tell every plugin that a run has ended; returns the complaints of those that failed."""
+        complaints = []
+        for implementation in self.manager.hook.iec_eval_run_finished.get_hookimpls():
+            try:
+                self._call(implementation, result)
+            except Exception as error:  # a plugin's failure must not lose a finished run
+                complaints.append(f"{implementation.plugin_name}: run_finished failed: {error}")
+        return complaints
+
+    def _call(self, implementation: Any, result: Mapping[str, Any]) -> None:
+        arguments = {"result": dict(result)}
+        implementation.function(*(arguments[name] for name in implementation.argnames))
+
+    def _collect(self, distribution: Distribution) -> None:
+        for plugin_name, plugin in self.manager.list_name_plugin():
+            if _owner(plugin_name) != distribution.distribution or plugin is None:
+                continue
+            try:
+                found = dict(_registrations(self.manager, plugin))
+            except Exception as error:
+                if distribution.distribution == hookspecs.PROJECT:
+                    raise
+                self.manager.unregister(plugin)
+                distribution.error = f"{type(error).__name__}: {error}"
+                continue
+            self._add(distribution, found)
+
+    def _add(self, distribution: Distribution, found: Mapping[str, list[Any]]) -> None:
+        for kind, classes in found.items():
+            distribution.hooks.append(BASES[kind][0])
+            for cls in classes:
+                distribution.names.setdefault(kind, []).append(cls.name)
+                owners = self._parts[kind].setdefault(cls.name, [])
+                owners.append(Registered(cls, distribution.distribution))
+
+    def _hint(self) -> str:
+        good = [f"{d.distribution} {d.version}" for d in self.distributions if d.error is None]
+        broken = [d.distribution for d in self.distributions if d.error is not None]
+        hint = f"installed: {', '.join(good)}"
+        return f"{hint}; broken: {', '.join(broken)}, see iec-eval plugins" if broken else hint
+
+
+def load_registry() -> Registry:
+    """Everything installed, registered on a fresh manager."""
+    manager, distributions = plugin_manager()
+    return Registry(manager, distributions)
+
+
+def plugin_manager() -> tuple[pluggy.PluginManager, list[Distribution]]:
+    """A fresh manager with the built-ins and the installed plugins, and what was found.
+
+    Third-party plugins that fail to import, or whose hooks do not match a specification (a
+    misspelled name, say), carry their error and are not registered.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for module in BUILTINS:
+        manager.register(import_module(module), name=f"{hookspecs.PROJECT}:{module}")
+    manager.check_pending()
+    distributions = [Distribution(hookspecs.PROJECT, __version__)]
+    for entry_point in _entry_points():
+        distributions.append(_load(manager, entry_point))
+    return manager, distributions
+
+
+def _entry_points() -> list[metadata.EntryPoint]:
+    wanted = os.environ.get(RESTRICT)
+    found = sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name)
+    if wanted is None:
+        return found
+    names = {name.strip() for name in wanted.split(",") if name.strip()}
+    return [e for e in found if e.name in names or _distribution(e)[0] in names]
+
+
+def _load(manager: pluggy.PluginManager, entry_point: metadata.EntryPoint) -> Distribution:
+    name, version = _distribution(entry_point)
+    distribution = Distribution(name, version)
+    plugin: Any = None
+    try:
+        plugin = entry_point.load()
+        manager.register(plugin, name=f"{name}:{entry_point.value}")
+        manager.check_pending()
+    except BaseException as error:  # a plugin may even call sys.exit at import
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        if plugin is not None and manager.is_registered(plugin):
+            manager.unregister(plugin)
+        distribution.error = _first_line(error)
+    return distribution
+
+
+def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
+    if entry_point.dist is None:
+        return entry_point.name, "unknown"
+    return entry_point.dist.name, entry_point.dist.version
+
+
+def _owner(plugin_name: str) -> str:
+    return plugin_name.rsplit(":", 2)[0] if plugin_name.count(":") > 1 else plugin_name.split(":")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def _registrations(manager: pluggy.PluginManager, plugin: Any) -> Iterable[tuple[str, list[Any]]]:
+    """What ``plugin`` registers of each kind, checked."""
+    for kind, (hook, module, base_name) in BASES.items():
+        base = getattr(import_module(module), base_name)
+        for implementation in getattr(manager.hook, hook).get_hookimpls():
+            if implementation.plugin is plugin:
+                yield kind, _checked(implementation.function, base, hook)
+
+
+def _checked(function: Callable[[], Any], base: type, hook: str) -> list[Any]:
+    classes = function()
+    if not isinstance(classes, list | tuple):
+        raise PluginError(f"{hook} must return a list of classes, got {classes!r}")
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise PluginError(f"{hook} returned {cls!r}, wanted a subclass of {base.__name__}")
+        if not isinstance(getattr(cls, "name", None), str) or not cls.name:
+            raise PluginError(f"{cls.__name__} has no name")
+        if not issubclass(cls.Options, BaseModel):
+            raise PluginError(f"{cls.__name__}.Options is not an Options class")
+    return list(classes)

@@ -1,0 +1,1 @@
+"""Reports: tables, plots, galleries and one self-contained HTML page."""

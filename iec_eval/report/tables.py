@@ -1,0 +1,317 @@
+"""Results as a table: Markdown and LaTeX to read, CSV and JSON to compute with.
+
+A number never stands without its cost: the columns after the metrics are what an image took.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from iec_eval.errors import ConfigError
+from iec_eval.report.wording import (
+    NOTHING,
+    arrow,
+    decimals,
+    higher_is_better,
+    interval,
+    is_fid,
+    metric_names,
+    quantity,
+    reading_note,
+    significant,
+    times,
+)
+from iec_eval.results import Cost, Measurement, Results, Variant, require_one_protocol
+
+Directions = Mapping[str, bool]
+Record = dict[str, str | float | bool | None]
+
+_NAMES = ("study", "variant")  # headers of the columns that hold words
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant with the results it belongs to."""
+
+    results: Results
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: one row of ``cells`` per entry of ``rows``, under ``headers``."""
+
+    headers: list[str]
+    cells: list[list[str]]
+    rows: list[Row]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Column:
+    header: str
+    cell: Callable[[Row], str]
+
+
+def table(results: Sequence[Results], form: str, directions: Directions | None = None) -> str:
+    """The rows of one or more results as text ending in a newline.
+
+    Args:
+        results: what to show, in this order.
+        form: ``md``, ``csv``, ``json`` or ``latex``.
+        directions: metric -> whether higher is better, where its name does not tell.
+
+    Raises ConfigError for another form, Incompatible for results of different protocols.
+    """
+    require_one_protocol(results)
+    if form == "md":
+        return _markdown(grid(results, directions))
+    if form == "latex":
+        return _latex(grid(results, directions))
+    if form == "csv":
+        return _csv(records(results))
+    if form == "json":
+        return json.dumps(records(results), indent=2, ensure_ascii=False) + "\n"
+    raise ConfigError(f"table format {form!r}: wanted one of md, csv, json, latex")
+
+
+def grid(results: Sequence[Results], directions: Directions | None = None) -> Grid:
+    """The table as text cells, for any form that people read."""
+    rows = [Row(document, variant) for document in results for variant in document.variants]
+    columns = [
+        *([_Column("study", lambda row: row.results.study)] if len(results) > 1 else []),
+        _Column("variant", lambda row: variant_label(row.variant)),
+        *(_metric_column(name, rows, directions) for name in metric_names(results)),
+        *_COST_COLUMNS,
+        *([_Column("paper", _paper)] if any(row.variant.paper for row in rows) else []),
+    ]
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return Grid([column.header for column in columns], cells, rows, _notes(results, rows))
+
+
+def variant_label(variant: Variant) -> str:
+    """A row's name with the marks that qualify its numbers."""
+    simulated = " (simulated)" if variant.simulated else ""
+    status = "" if variant.status == "done" else f" [{variant.status}]"
+    return variant.name + simulated + status
+
+
+def _metric_column(name: str, rows: Sequence[Row], directions: Directions | None) -> _Column:
+    counts = {row.results.images for row in rows}
+    digits = decimals(_values(name, rows))
+    header = name + (f" (N={min(counts)})" if is_fid(name) and len(counts) == 1 else "")
+
+    def cell(row: Row) -> str:
+        text = _measured(_measurement(row, name), digits)
+        return text if text == NOTHING or not is_fid(name) else text + _count(row, len(counts))
+
+    return _Column(header + arrow(higher_is_better(name, directions)), cell)
+
+
+def _count(row: Row, counts: int) -> str:
+    """The number of images of one row, where the header does not tell it."""
+    if row.variant.status == "partial":
+        return f" (N<{row.results.images})"
+    return f" (N={row.results.images})" if counts > 1 else ""
+
+
+def _measurement(row: Row, name: str) -> Measurement | None:
+    # whatever a failed row left behind is no result
+    return None if row.variant.status == "failed" else row.variant.metrics.get(name)
+
+
+def _values(name: str, rows: Sequence[Row]) -> list[float]:
+    found = [_measurement(row, name) for row in rows]
+    return [one.value for one in found if one is not None and one.value is not None]
+
+
+def _measured(found: Measurement | None, digits: int) -> str:
+    if found is None or found.value is None:
+        return NOTHING
+    text = f"{found.value:.{digits}f}{interval(found.ci95, digits)}"
+    if found.delta is None:
+        return text
+    change = f"{found.delta.value:+.{digits}f}{interval(found.delta.ci95, digits, '+')}"
+    return f"{text} ({change})"
+
+
+def _cost_column(header: str, show: Callable[[Cost], str]) -> _Column:
+    def cell(row: Row) -> str:
+        return NOTHING if row.variant.status == "failed" else show(row.variant.cost)
+
+    return _Column(header, cell)
+
+
+def _evaluations(cost: Cost) -> str:
+    if cost.evaluations_full is None:
+        return NOTHING
+    cached = f" + {cost.evaluations_cached:g} cached" if cost.evaluations_cached else ""
+    return f"{cost.evaluations_full:g}{cached}"
+
+
+def _seconds(cost: Cost) -> str:
+    if cost.seconds_per_image is None:
+        return NOTHING
+    share = "" if cost.relative_seconds is None else f" ({times(cost.relative_seconds)})"
+    return significant(cost.seconds_per_image) + share
+
+
+_COST_COLUMNS = (
+    _cost_column("evaluations/image", _evaluations),
+    _cost_column("MACs/image", lambda cost: quantity(cost.macs_per_image)),
+    _cost_column("relative MACs", lambda cost: times(cost.relative_macs)),
+    _cost_column("seconds/image", _seconds),
+    _cost_column("weights", lambda cost: quantity(cost.weight_bytes, "B")),
+)
+
+
+def _paper(row: Row) -> str:
+    reported = row.variant.paper or {}
+    return ", ".join(f"{name} {value:g}" for name, value in reported.items()) or NOTHING
+
+
+def _notes(results: Sequence[Results], rows: Sequence[Row]) -> list[str]:
+    notes = [reading_note(results)]
+    bases = _bases(rows)
+    if bases:
+        notes.append(f"In parentheses after a metric: its change against another row ({bases}).")
+    if any(row.variant.callbacks for row in rows):
+        notes.append("Callbacks cost extra evaluations: compare rows at equal relative MACs.")
+    if any(row.variant.simulated for row in rows):
+        notes.append(
+            "(simulated): the saved arithmetic is still done, so seconds do not show the saving."
+        )
+    return notes + [note for note in (ending(row.variant) for row in rows) if note]
+
+
+def _bases(rows: Sequence[Row]) -> str:
+    pairs = {
+        row.variant.name: found.delta.versus
+        for row in rows
+        if row.variant.status != "failed"
+        for found in row.variant.metrics.values()
+        if found.delta is not None
+    }
+    return "; ".join(f"{name} against {base}" for name, base in pairs.items())
+
+
+def ending(variant: Variant) -> str:
+    """Why a row is not done, or nothing."""
+    if variant.status == "done":
+        return ""
+    return f"{variant.name} [{variant.status}]: {variant.error or 'not every image is there'}"
+
+
+def _markdown(grid: Grid) -> str:
+    lines = [[_markdown_text(cell) for cell in line] for line in (grid.headers, *grid.cells)]
+    columns = [
+        _padded(column, left=header in _NAMES)
+        for header, column in zip(grid.headers, zip(*lines, strict=True), strict=True)
+    ]
+    body = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
+    return "\n\n".join(["\n".join(body), *map(_markdown_text, grid.notes)]) + "\n"
+
+
+def _padded(column: Sequence[str], *, left: bool) -> list[str]:
+    width = max(3, *map(len, column))
+    rule = "-" * width if left else "-" * (width - 1) + ":"
+    cells = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
+    return [cells[0], rule, *cells[1:]]
+
+
+def _markdown_text(text: str) -> str:
+    return " ".join(text.translate(_MARKDOWN).split())
+
+
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"})
+
+
+def _latex(grid: Grid) -> str:
+    lines = [" & ".join(map(_latex_text, line)) + r" \\" for line in (grid.headers, *grid.cells)]
+    alignment = "".join("l" if header in _NAMES else "r" for header in grid.headers)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par {{\footnotesize {_latex_text(note)}}}" for note in grid.notes),
+            "",
+        ]
+    )
+
+
+def _latex_text(text: str) -> str:
+    return " ".join(text.split()).translate(_LATEX)
+
+
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "[": "{[}",  # after a line's end it would be read as an optional length
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+    }
+)
+
+
+def records(results: Sequence[Results]) -> list[Record]:
+    """One flat record per row with every number unrounded; all have the same keys."""
+    names = metric_names(results)
+    rows = [Row(document, variant) for document in results for variant in document.variants]
+    papers = list(dict.fromkeys(name for row in rows for name in row.variant.paper or {}))
+    return [_record(row, names, papers) for row in rows]
+
+
+def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
+    variant = row.variant
+    cost = Cost() if variant.status == "failed" else variant.cost
+    record: Record = {
+        "study": row.results.study,
+        "variant": variant.name,
+        "fingerprint": variant.fingerprint,
+        "control": variant.control,
+        "simulated": variant.simulated,
+        "status": variant.status,
+        "error": variant.error,
+        "images": row.results.images,
+    }
+    for name in names:
+        record |= _metric_record(name, _measurement(row, name) or Measurement(value=None))
+    reported = variant.paper or {}
+    return record | cost.model_dump() | {f"paper_{name}": reported.get(name) for name in papers}
+
+
+def _metric_record(name: str, found: Measurement) -> Record:
+    low, high = found.ci95 or (None, None)
+    delta = found.delta
+    delta_low, delta_high = (delta.ci95 if delta else None) or (None, None)
+    return {
+        name: found.value,
+        f"{name}_ci95_low": low,
+        f"{name}_ci95_high": high,
+        f"{name}_delta": delta.value if delta else None,
+        f"{name}_delta_versus": delta.versus if delta else None,
+        f"{name}_delta_ci95_low": delta_low,
+        f"{name}_delta_ci95_high": delta_high,
+    }
+
+
+def _csv(rows: Sequence[Record]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

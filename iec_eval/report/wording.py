@@ -1,0 +1,110 @@
+"""How numbers and metrics are worded, the same in every table, plot and page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from iec_eval.results import Interval, Results
+
+NOTHING = "-"
+ENOUGH_IMAGES = 50_000  # what the literature computes FID with
+_FAMILIES = {
+    "fid": False,
+    "kid": False,
+    "lpips": False,
+    "is": True,
+    "clip": True,
+    "psnr": True,
+    "ssim": True,
+    "precision": True,
+    "recall": True,
+}
+
+
+def higher_is_better(metric: str, directions: Mapping[str, bool] | None = None) -> bool | None:
+    """Which way a metric improves: as ``directions`` says, else by the name's family, else None.
+
+    The family is the first word (``fid-fashion`` is an FID); a spread such as ``is_std`` has none.
+    """
+    if directions and metric in directions:
+        return directions[metric]
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    return None if "std" in words else _FAMILIES.get(words[0])
+
+
+def arrow(better_up: bool | None) -> str:
+    """The mark of a column: the direction in which it improves."""
+    return {True: " ↑", False: " ↓", None: ""}[better_up]
+
+
+def is_fid(metric: str) -> bool:
+    """Whether a metric is a Fréchet distance, whose value depends on the number of images."""
+    return metric.lower().startswith("fid")
+
+
+def metric_names(results: Iterable[Results]) -> list[str]:
+    """Every metric that some row has, in the order of first appearance."""
+    rows = (row for document in results for row in document.variants)
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def quality_metric(results: Results) -> str | None:
+    """The metric that stands for quality: the first Fréchet distance, else the first one."""
+    names = metric_names([results])
+    return next((name for name in names if is_fid(name)), names[0] if names else None)
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Digits after the point that give the largest value four significant ones."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return 2 if largest == 0 else min(max(3 - math.floor(math.log10(largest)), 0), 8)
+
+
+def interval(bounds: Interval | None, digits: int, sign: str = "") -> str:
+    """`` [lo, hi]``, or nothing where there is no interval."""
+    if bounds is None:
+        return ""
+    low, high = (f"{bound:{sign}.{digits}f}" for bound in bounds)
+    return f" [{low}, {high}]"
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """A number with a decimal prefix, such as ``1.23 G`` or ``4.50 MB``."""
+    if value is None:
+        return NOTHING
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            return f"{significant(value)} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{significant(value)} P{unit}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never in exponent form from 1e-4 up."""
+    return f"{value:.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}"
+
+
+def times(value: float | None) -> str:
+    """A share of the full-precision control, such as ``0.56x``."""
+    return NOTHING if value is None else f"{value:.2f}x"
+
+
+def reading_note(results: Iterable[Results]) -> str:
+    """How many images, what that does to FID, and whether anything bounds the noise."""
+    documents = list(results)
+    counts = sorted({document.images for document in documents})
+    note = f"{' or '.join(f'{count:,}' for count in counts)} images per row."
+    if len(counts) > 1:
+        note += " FID falls as images are added: compare only rows with the same number."
+    if any(map(is_fid, metric_names(documents))) and counts and counts[0] < ENOUGH_IMAGES:
+        note += f" FID is biased upward below {ENOUGH_IMAGES:,} images"
+        note += ", and small differences are noise."
+    return note + (" No confidence intervals yet." if _lacks_intervals(documents) else "")
+
+
+def _lacks_intervals(documents: Iterable[Results]) -> bool:
+    rows = (row for document in documents for row in document.variants if row.status != "failed")
+    measured = (found for row in rows for found in row.metrics.values())
+    return any(found.value is not None and found.ci95 is None for found in measured)

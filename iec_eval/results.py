@@ -1,0 +1,280 @@
+"""``results.json``, schema 1: what a study measured, each number with its cost.
+
+Every key is always written and ``null`` means "not known": a reader never has to guess whether
+a number is missing by accident.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from iec_eval.errors import ConfigError, CorruptFile, Incompatible
+from iec_eval.storage import atomic_path
+
+SCHEMA = 1
+
+Interval = tuple[float, float]
+Status = Literal["done", "partial", "failed"]
+
+
+class _Part(BaseModel):
+    # no NaN: JSON has none, and a metric that gave one has failed
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
+
+
+class Delta(_Part):
+    """Value of a row minus value of the row ``versus``, over the same image indices."""
+
+    versus: str
+    value: float
+    ci95: Interval | None = None
+
+
+class Measurement(_Part):
+    """One metric of one row; ``value`` is None for a row that has none."""
+
+    value: float | None
+    ci95: Interval | None = None
+    delta: Delta | None = None
+
+
+class Cost(_Part):
+    """What one image of a row costs; relative numbers are shares of the full-precision control."""
+
+    evaluations_full: float | None = None
+    evaluations_cached: float | None = None
+    macs_per_image: float | None = None
+    relative_macs: float | None = None
+    seconds_per_image: float | None = None
+    relative_seconds: float | None = None
+    weight_bytes: int | None = None
+
+
+class Variant(_Part):
+    """One row: its parts (as the study names them), its numbers and how it ended."""
+
+    name: str
+    fingerprint: str
+    control: bool = False
+    simulated: bool = False
+    efficiency: list[dict[str, JsonValue]] = Field(default_factory=list)
+    callbacks: list[dict[str, JsonValue]] = Field(default_factory=list)
+    metrics: dict[str, Measurement] = Field(default_factory=dict)
+    cost: Cost = Cost()
+    paper: dict[str, float] | None = None
+    status: Status = "done"
+    error: str | None = None
+
+    @model_validator(mode="after")
+    def _failure_has_a_reason(self) -> Variant:
+        if self.status == "failed" and not self.error:
+            raise ValueError(f"row {self.name!r} failed: say why in 'error'")
+        return self
+
+
+class Results(_Part):
+    """Everything a study measured; ``images`` is the number of images of each finished row."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    study: str
+    images: int
+    protocol: dict[str, JsonValue]
+    variants: list[Variant]
+
+    @field_validator("variants")
+    @classmethod
+    def _names_are_unique(cls, variants: list[Variant]) -> list[Variant]:
+        names = [variant.name for variant in variants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rows named twice: {', '.join(twice)}")
+        return variants
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write ``results.json``, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file.
+
+    Raises ConfigError for a missing file or another schema, CorruptFile for a damaged one.
+    """
+    text = _text(path)
+    _check_schema(path, text)
+    try:
+        return Results.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = "; ".join(_problem(problem) for problem in error.errors())
+        raise CorruptFile(
+            f"results {path}: not what schema {SCHEMA} says ({problems}); "
+            "evaluate the study again to write the file anew"
+        ) from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"results {path}: no such file; evaluate the study first") from None
+    except OSError as error:
+        raise ConfigError(f"results {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise CorruptFile(f"results {path}: wanted JSON in UTF-8, got other bytes") from None
+
+
+def _check_schema(path: Path, text: str) -> None:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(
+            f"results {path}: wanted JSON, got something else ({error}); evaluate the study again"
+        ) from None
+    number = document.get("schema") if isinstance(document, dict) else None
+    if number != SCHEMA:
+        raise ConfigError(
+            f"results {path}: wanted schema {SCHEMA}, got {number!r}; read it with the version of "
+            "iec_eval that wrote it, or evaluate the study again"
+        )
+
+
+def _problem(problem: Mapping[str, object]) -> str:
+    where = problem["loc"]
+    path = ".".join(str(part) for part in where) if isinstance(where, tuple) else ""
+    return f"{path}: {problem['msg']}" if path else str(problem["msg"])
+
+
+def with_deltas(results: Results, bases: Mapping[str, str | None] | None = None) -> Results:
+    """Fill in each row's difference to its base; differences that are there already stay.
+
+    ``bases`` names the base of a row, or None for no base; rows it does not mention get theirs
+    from :func:`inferred_bases`. Only finished rows are compared: a partial one has other images.
+
+    Raises ConfigError for a name that is not a row.
+    """
+    chosen = {**inferred_bases(results), **(bases or {})}
+    rows = {variant.name: variant for variant in results.variants}
+    unknown = sorted({name for name in (*chosen, *chosen.values()) if name and name not in rows})
+    if unknown:
+        raise ConfigError(
+            f"deltas: no row named {', '.join(map(repr, unknown))} (rows: {', '.join(rows)})"
+        )
+    variants = [_with_delta(row, rows.get(chosen.get(row.name) or "")) for row in results.variants]
+    return results.model_copy(update={"variants": variants})
+
+
+def inferred_bases(results: Results) -> dict[str, str]:
+    """For each row with callbacks: the one row with the same efficiency and no callbacks.
+
+    Added controls count only where the study has no such row itself (equal-cost rivals share
+    the method but not the sampler). Where several remain, guessing would mislead: no base.
+    """
+    found = {}
+    for row in results.variants:
+        plain = [
+            other
+            for other in results.variants
+            if row.callbacks and not other.callbacks and other.efficiency == row.efficiency
+        ]
+        candidates = [other for other in plain if not other.control] or plain
+        if len(candidates) == 1:
+            found[row.name] = candidates[0].name
+    return found
+
+
+def _with_delta(row: Variant, base: Variant | None) -> Variant:
+    if base is None or base is row or {row.status, base.status} != {"done"}:
+        return row
+    metrics = {
+        name: _against(measured, base.name, base.metrics.get(name))
+        for name, measured in row.metrics.items()
+    }
+    return row.model_copy(update={"metrics": metrics})
+
+
+def _against(measured: Measurement, versus: str, base: Measurement | None) -> Measurement:
+    if measured.delta or measured.value is None or base is None or base.value is None:
+        return measured
+    delta = Delta(versus=versus, value=measured.value - base.value)
+    return measured.model_copy(update={"delta": delta})
+
+
+def with_relative_costs(results: Results, control: str | None = None) -> Results:
+    """Fill in ``relative_macs`` and ``relative_seconds``, as shares of the full-precision row.
+
+    That is the row named ``control``, or else the first without efficiency methods and callbacks,
+    added controls first. Without such a row, relative costs are None.
+
+    Raises ConfigError if there is no row named ``control``.
+    """
+    reference = _full_precision(results, control)
+    cost = reference.cost if reference else Cost()
+    variants = [
+        row.model_copy(update={"cost": _relative_cost(row.cost, cost)}) for row in results.variants
+    ]
+    return results.model_copy(update={"variants": variants})
+
+
+def _full_precision(results: Results, control: str | None) -> Variant | None:
+    if control is not None:
+        rows = [row for row in results.variants if row.name == control]
+        if not rows:
+            raise ConfigError(f"relative costs: no row named {control!r}")
+        return rows[0]
+    plain = [row for row in results.variants if not row.efficiency and not row.callbacks]
+    return next((row for row in plain if row.control), plain[0] if plain else None)
+
+
+def _relative_cost(cost: Cost, reference: Cost) -> Cost:
+    shares = {
+        "relative_macs": _share(cost.macs_per_image, reference.macs_per_image),
+        "relative_seconds": _share(cost.seconds_per_image, reference.seconds_per_image),
+    }
+    return cost.model_copy(update=shares)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def require_one_protocol(results: Sequence[Results]) -> None:
+    """Raise Incompatible, naming the keys, unless all were measured in the same way."""
+    for other in results[1:]:
+        here, there = dict(_flat(results[0].protocol)), dict(_flat(other.protocol))
+        keys = sorted(here.keys() | there.keys())
+        differing = [
+            f"{key} ({here.get(key)!r} and {there.get(key)!r})"
+            for key in keys
+            if (key in here, here.get(key)) != (key in there, there.get(key))
+        ]
+        if differing:
+            raise Incompatible(
+                f"results of {results[0].study!r} and {other.study!r} were measured with different "
+                f"protocols, which differ in {', '.join(differing)}; their numbers cannot be "
+                "compared, evaluate both with one protocol"
+            )
+
+
+def _flat(protocol: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    for key, value in protocol.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""Samplers: how a prediction becomes the next sample."""

@@ -1,0 +1,70 @@
+"""What a sampler is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from iec_eval.noise import Draw
+from iec_eval.options import BaseOptions
+from iec_eval.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of the trajectory: the noisy sample ``[B, C, H, W]`` and the solver's memory.
+
+    Memory is a value: a step returns a new one and never changes the old.
+    """
+
+    sample: Tensor
+    memory: Any = None
+
+
+class Sampler(ABC):
+    """Turns predictions into samples, one pure step at a time.
+
+    A sampler is one class with a ``name``, an ``Options`` class and :meth:`step`:
+
+        class Euler(Sampler):
+            name = "euler"
+
+            class Options(BaseOptions):
+                steps: int = 50
+
+            def step(self, state, index, prediction, draw): ...
+
+    Attributes:
+        name: what studies call it.
+        predictions: the kinds of network output it understands.
+        clips: whether its options make it clip the predicted image.
+        timesteps: what the network is told at each step, noisiest first.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
+    predictions: ClassVar[frozenset[str]] = frozenset({"epsilon"})
+    clips: bool = False
+    timesteps: Sequence[float]
+
+    def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
+        self.options, self.schedule = options, schedule
+
+    def start(self, noise: Tensor) -> State:
+        """The state before the first step, from standard normal ``noise``."""
+        return State(noise)
+
+    def network_input(self, state: State, index: int, sample: Tensor) -> Tensor:
+        """``sample`` as the network wants to see it at step ``index``."""
+        return sample
+
+    @abstractmethod
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        """The state after step ``index``. Pure: calling it leaves no trace anywhere.
+
+        ``draw.value`` is the step's noise; a deterministic step does not touch it.
+        """

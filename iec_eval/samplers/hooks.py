@@ -1,0 +1,13 @@
+"""The built-in samplers, registered like anybody's."""
+
+from __future__ import annotations
+
+from iec_eval.hookspecs import hookimpl
+from iec_eval.samplers.base import Sampler
+
+
+@hookimpl
+def iec_eval_samplers() -> list[type[Sampler]]:
+    from iec_eval.samplers.ddim import DDIM
+
+    return [DDIM]

@@ -1,0 +1,241 @@
+"""A study names a table; each of its variants is one experiment, one row.
+
+What an image is depends on the experiment and its index only. ``execution`` holds everything that
+may not change an image; all the rest is in the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from iec_eval.errors import ConfigError, UnknownName
+from iec_eval.options import BaseOptions, validated
+
+Part = dict[str, Any]
+Control = Literal["full-precision", "full-precision+iec"]
+INHERITED = ("sampler", "efficiency", "callbacks")
+
+
+class ImagesSpec(BaseOptions):
+    """Which images: the seed of their noise, and how many."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the noise")
+    count: int = Field(50_000, ge=1, description="images per variant")
+
+
+class CalibrationSpec(BaseOptions):
+    """What methods that calibrate are shown."""
+
+    seed: int = Field(1, ge=0, lt=2**63, description="of the calibration noise")
+    images: int = Field(512, ge=1, description="calibration images")
+
+
+class ExecutionSpec(BaseOptions):
+    """How to run; nothing here may change an image."""
+
+    batch_size: int = Field(256, ge=1, description="images denoised together")
+    chunk_size: int = Field(256, ge=1, description="images in one file")
+    devices: int | Literal["auto"] = Field("auto", description="devices or processes per node")
+    num_nodes: int = Field(1, ge=1, description="nodes")
+    accelerator: str = Field("auto", description="as Lightning names it: auto, cpu, gpu ...")
+    strategy: str = Field("auto", description="as Lightning names it")
+    threads: int | None = Field(None, ge=1, description="CPU threads a process; null: all cores")
+
+    @field_validator("devices")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("wanted at least 1")
+        return value
+
+
+class Variant(BaseOptions):
+    """One row: what differs from the study's shared settings."""
+
+    name: str = Field(min_length=1, max_length=100, description="row label, unique in the study")
+    extends: str | None = Field(None, description="an earlier variant to start from")
+    sampler: dict[str, Any] | None = Field(None, description="options that replace shared ones")
+    efficiency: list[Part] | None = Field(None, description="methods, in order of application")
+    callbacks: list[Part] | None = Field(None, description="denoising callbacks, in order")
+
+
+class Study(BaseOptions):
+    """A study file, checked for form; names of parts are resolved later."""
+
+    study: str = Field(min_length=1, description="name of the study")
+    model: Part
+    sampler: Part
+    images: ImagesSpec = ImagesSpec()
+    metrics: list[Part] = Field(min_length=1)
+    controls: list[Control] = Field(default_factory=list)
+    variants: list[Variant] = Field(default_factory=list)
+    calibration: CalibrationSpec = CalibrationSpec()
+    execution: ExecutionSpec = ExecutionSpec()
+    paper: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+    def experiments(self) -> list[Experiment]:
+        """Every row, controls first.
+
+        Raises ConfigError for doubled names, an unknown ``extends`` or an empty study.
+        """
+        rows = [self._experiment(v, control=True) for v in _controls(self.controls)]
+        known: dict[str, Variant] = {}
+        for variant in self.variants:
+            known[variant.name] = _extended(variant, known)
+            rows.append(self._experiment(known[variant.name], control=False))
+        if not rows:
+            raise ConfigError(f"study {self.study!r}: no variants and no controls, nothing to do")
+        _refuse_doubles(row.name for row in rows)
+        unknown = sorted(self.paper.keys() - {row.name for row in rows})
+        if unknown:
+            raise UnknownName("variant in paper:", unknown[0], [row.name for row in rows])
+        return rows
+
+    def _experiment(self, variant: Variant, *, control: bool) -> Experiment:
+        return Experiment(
+            name=variant.name,
+            control=control,
+            model=self.model,
+            sampler={**self.sampler, **(variant.sampler or {})},
+            efficiency=variant.efficiency or [],
+            callbacks=variant.callbacks or [],
+            images=self.images,
+            calibration=self.calibration,
+        )
+
+
+class Experiment(BaseOptions):
+    """One row with everything that decides its images."""
+
+    name: str
+    control: bool
+    model: Part
+    sampler: Part
+    efficiency: list[Part]
+    callbacks: list[Part]
+    images: ImagesSpec
+    calibration: CalibrationSpec
+
+    def fingerprint(self, model_identity: Mapping[str, str]) -> str:
+        """Hex digest of what decides an image: not its name, the count or the execution.
+
+        Raising the count of images therefore keeps those already made.
+        """
+        content = {
+            "model": {**self.model, "files": dict(model_identity)},
+            "sampler": self.sampler,
+            "efficiency": self.efficiency,
+            "callbacks": self.callbacks,
+            "seed": self.images.seed,
+            "calibration": self.calibration.model_dump() if self.efficiency else None,
+        }
+        return digest(content)
+
+
+def digest(content: Any) -> str:
+    """Hex sha256 of a JSON value, independent of the order of keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Study:
+    """Read a study from a path or a packaged name, with ``key.path=value`` overrides.
+
+    Raises ConfigError for a missing file, bad YAML, unknown keys and wrong types.
+    """
+    path = find(source)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"study {path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"study {path}: wanted a mapping of keys, got {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    return validated(Study, content, f"study {path}")
+
+
+def find(source: str) -> Path:
+    """The file of a study given as a path or as a packaged name such as ``quickstart``."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = {p.stem: p for p in (Path(__file__).parent / "studies").glob("*.yaml")}
+    if source in packaged:
+        return packaged[source]
+    if path.suffix or len(path.parts) > 1:
+        raise ConfigError(f"study {source!r}: no such file")
+    raise UnknownName("study", source, packaged, hint="or give the path of a study file")
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r}: wanted key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = path.split(".")
+    target: Any = content
+    for key in parents:
+        target = _descend(target, key, override)
+    _assign(target, last, value, override)
+
+
+def _descend(target: Any, key: str, override: str) -> Any:
+    if isinstance(target, dict):
+        return target.setdefault(key, {})
+    return target[_position(target, key, override)]
+
+
+def _assign(target: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(target, dict):
+        target[key] = value
+    else:
+        target[_position(target, key, override)] = value
+
+
+def _position(target: Any, key: str, override: str) -> int:
+    if not isinstance(target, list):
+        raise ConfigError(f"override {override!r}: {key!r} is inside a plain value")
+    if not key.isdigit() or int(key) >= len(target):
+        raise ConfigError(f"override {override!r}: {key!r} is not one of 0..{len(target) - 1}")
+    return int(key)
+
+
+def _controls(names: Iterable[Control]) -> list[Variant]:
+    iec: list[Part] = [{"name": "iec", "preset": "paper"}]
+    made = {
+        "full-precision": Variant(name="full precision"),
+        "full-precision+iec": Variant(name="full precision + IEC", callbacks=iec),
+    }
+    return [made[name] for name in names]
+
+
+def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:
+    if variant.extends is None:
+        return variant
+    if variant.extends not in known:
+        raise UnknownName(f"variant that {variant.name!r} extends:", variant.extends, known)
+    base = known[variant.extends]
+    own = {key: getattr(variant, key) for key in INHERITED}
+    merged = {k: getattr(base, k) if v is None else v for k, v in own.items()}
+    if variant.sampler and base.sampler:
+        merged["sampler"] = {**base.sampler, **variant.sampler}
+    return variant.model_copy(update=merged)
+
+
+def _refuse_doubles(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f"two variants are called {name!r}; names must differ")
+        seen.add(name)
