@@ -77,12 +77,14 @@ def plan_study(study: Study, registry: Registry) -> list[Plan]:
     return [_plan(row, model, identity, registry) for row in study.experiments()]
 
 
-def plan_metrics(study: Study, registry: Registry) -> list[Metric]:
-    """The study's metrics, prepared for its number of images."""
+def plan_metrics(study: Study, registry: Registry, image_shape: Sequence[int]) -> list[Metric]:
+    """The study's metrics, prepared for its number of images and their shape."""
     metrics: list[Metric] = []
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
         metric.prepare(study.images.count)
+        if metric.network is not None:
+            metric.network.check(image_shape)
         metrics.append(metric)
     return metrics
 
@@ -175,4 +177,3 @@ def _apply(plan: Plan, network: nn.Module, store: ArtifactStore | None) -> Assem
         network = part.apply(network, clock, artifact)
     clock.reset()
     return Assembly(plan, network.eval(), clock)
-

@@ -59,7 +59,9 @@ def root_key(
     model: Mapping[str, object], sampler: Mapping[str, object], calibration: Mapping[str, object]
 ) -> str:
     """The key before any part: model with its hashes, sampler and calibration settings."""
-    return digest({"model": dict(model), "sampler": dict(sampler), "calibration": dict(calibration)})
+    return digest(
+        {"model": dict(model), "sampler": dict(sampler), "calibration": dict(calibration)}
+    )
 
 
 def next_key(key: str, part: EfficiencyMethod) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iec_eval.assembly import Assembly, Plan, assemble_skeleton
-from iec_eval.denoising import Denoiser
+from iec_eval.clock import Clock, Evaluations
+from iec_eval.denoising import Condition, Denoiser, denoise
+from iec_eval.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,25 @@ def evaluation_cost(plan: Plan) -> EvaluationCost:
     return EvaluationCost(full, cached, weight_bytes)
 
 
+def expected_evaluations(plan: Plan) -> Evaluations:
+    """Evaluations of one image: full and cached ones, found by a run with a stand-in network.
+
+    A tolerance may stop corrections earlier than here, so it is an upper bound for K > 1.
+    """
+    total = len(plan.sampler.timesteps)
+    clock = Clock(total, plan.full_steps([{} for _ in plan.parts()]))
+    denoiser = Denoiser(_StandIn(), Condition(), clock)
+    denoise(plan.sampler, denoiser, Noise(0, [0], plan.model.shape), plan.callbacks)
+    return clock.evaluations
+
+
+class _StandIn(nn.Module):
+    """A prediction that changes with the sample, so that no correction converges."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return torch.tanh(3 * sample)
+
+
 def _count(assembly: Assembly, *, full: bool) -> int:
     model, clock = assembly.plan.model, assembly.clock
     condition = model.condition([0]).to(torch.device("meta"))
@@ -47,4 +69,4 @@ def _count(assembly: Assembly, *, full: bool) -> int:
     sample = torch.empty((1, *model.shape), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(sample, assembly.plan.sampler.timesteps[0])
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

@@ -18,7 +18,7 @@ class ConfigError(IecEvalError):
     """A study, option or command-line value is wrong."""
 
 
-class UnknownName(ConfigError):  # noqa: N818 - reads as the fact it reports
+class UnknownName(ConfigError):
     """A name that nobody registered."""
 
     def __init__(
@@ -32,11 +32,11 @@ class UnknownName(ConfigError):  # noqa: N818 - reads as the fact it reports
         super().__init__(f"unknown {kind} {name!r}{guess} (available: {listing}){extra}")
 
 
-class Incompatible(ConfigError):  # noqa: N818
+class Incompatible(ConfigError):
     """Parts that are each valid but do not work together."""
 
 
-class MissingArtifact(IecEvalError):  # noqa: N818
+class MissingArtifact(IecEvalError):
     """A file that an earlier stage should have made is not there."""
 
 
@@ -48,5 +48,5 @@ class StorageError(IecEvalError):
     """A file or folder cannot be written: no space, no permission, not a folder."""
 
 
-class CorruptFile(IecEvalError):  # noqa: N818
+class CorruptFile(IecEvalError):
     """A file exists but cannot be read as what it should be."""

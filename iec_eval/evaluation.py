@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptFile, MissingArtifact
 from iec_eval.generation import Job
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.progress import Progress
+from iec_eval.results import Cost, Measurement, Variant
 from iec_eval.storage import IndexRange, VariantFolder, read_tensors, write_tensors
 from iec_eval.study import digest
 
@@ -66,23 +68,41 @@ def evaluate(job: Job, metrics: Sequence[Metric], progress: Progress) -> dict[st
     """
     count = job.plan.experiment.images.count
     parts = covering(job.folder.finished(), count)
-    for metric in metrics:
-        metric.reset()
-    for network, group in _by_network(metrics):
+    for network, group in by_network(metrics):
         seen = torch.zeros(count, dtype=torch.long)
         for part, rows in parts:
-            features = stored_features(job.folder, part, network)
             indices = torch.tensor(part.indices[rows])
+            batch = _batch(job.folder, part, rows, network)
             seen[indices] += 1
-            chosen = Features(features.features[rows], features.logits[rows])
             for metric in group:
-                metric.update(chosen, indices)
+                metric.update(batch, indices)
             progress.advance(len(indices))
         assert bool((seen == 1).all()), "every image must be scored exactly once"
-    values: dict[str, float] = {}
+    return {name: value for metric in metrics for name, value in _computed(metric).items()}
+
+
+def score(job: Job, metrics: Sequence[Metric], cost: EvaluationCost, progress: Progress) -> Variant:
+    """The variant's row of the results; a variant that failed or is incomplete says so."""
+    row = _empty_row(job)
+    if job.folder.error_file.is_file():
+        reason = job.folder.error_file.read_text().splitlines()[0]
+        return row.model_copy(update={"status": "failed", "error": reason})
+    try:
+        values = evaluate(job, metrics, progress)
+    except MissingArtifact as error:
+        return row.model_copy(update={"status": "partial", "error": str(error)})
+    measured = {name: Measurement(value=value) for name, value in values.items()}
+    return row.model_copy(update={"metrics": measured, "cost": _cost(spent(job), cost)})
+
+
+def by_network(metrics: Sequence[Metric]) -> list[tuple[FeatureNetwork | None, list[Metric]]]:
+    """Metrics grouped by the feature network they share; None for those that read images."""
+    groups: dict[str, tuple[FeatureNetwork | None, list[Metric]]] = {}
     for metric in metrics:
-        values.update(metric.compute())
-    return values
+        network = metric.network
+        key = network_id(network) if network is not None else ""
+        groups.setdefault(key, (network, []))[1].append(metric)
+    return list(groups.values())
 
 
 def stored_features(folder: VariantFolder, part: IndexRange, network: FeatureNetwork) -> Features:
@@ -109,12 +129,40 @@ def protocol(metrics: Sequence[Metric]) -> dict[str, Any]:
     return {metric.name: metric.protocol() for metric in metrics}
 
 
-def _by_network(metrics: Sequence[Metric]) -> Iterator[tuple[FeatureNetwork, list[Metric]]]:
-    """Metrics grouped by the feature network they share."""
-    groups: dict[str, tuple[FeatureNetwork, list[Metric]]] = {}
-    for metric in metrics:
-        network = metric.network
-        groups.setdefault(network_id(network), (network, []))[1].append(metric)
-    for network, group in groups.values():
-        network.load()
-        yield network, group
+def _batch(
+    folder: VariantFolder, part: IndexRange, rows: slice, network: FeatureNetwork | None
+) -> Any:
+    """What a metric reads: features, or the images themselves."""
+    if network is None:
+        return folder.read_chunk(part).images[rows]
+    features = stored_features(folder, part, network)
+    return Features(features.features[rows], features.logits[rows])
+
+
+def _computed(metric: Metric) -> dict[str, float]:
+    """The metric's numbers; it is empty again afterwards."""
+    values = metric.compute()
+    metric.reset()
+    return values
+
+
+def _empty_row(job: Job) -> Variant:
+    row = job.plan.experiment
+    return Variant(
+        name=row.name,
+        fingerprint=job.plan.fingerprint,
+        control=row.control,
+        simulated=job.plan.simulated,
+        efficiency=row.efficiency,
+        callbacks=row.callbacks,
+    )
+
+
+def _cost(spent: Spent, cost: EvaluationCost) -> Cost:
+    return Cost(
+        evaluations_full=spent.evaluations_full,
+        evaluations_cached=spent.evaluations_cached,
+        macs_per_image=cost.macs(spent.evaluations_full, spent.evaluations_cached),
+        seconds_per_image=spent.seconds,
+        weight_bytes=cost.weight_bytes,
+    )

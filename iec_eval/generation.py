@@ -52,9 +52,7 @@ class Job:
 
     def missing(self, chunk_size: int) -> list[IndexRange]:
         """Ranges that are not on disk yet."""
-        return missing_ranges(
-            self.folder.finished(), self.plan.experiment.images.count, chunk_size
-        )
+        return missing_ranges(self.folder.finished(), self.plan.experiment.images.count, chunk_size)
 
 
 class GenerationModule(LightningModule):
@@ -86,6 +84,11 @@ class GenerationModule(LightningModule):
         mine = work[self.trainer.global_rank :: self.trainer.world_size]
         self._progress.start(sum(len(item.range) for item in mine))
         return DataLoader(mine, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(
+        self, batch: Work, device: torch.device, dataloader_idx: int
+    ) -> Work:
+        return batch  # nothing but indices
 
     def on_predict_start(self) -> None:
         # Lightning's own handler only sets a flag that predict never looks at

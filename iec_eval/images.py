@@ -118,7 +118,9 @@ class NpzImages:
             raise ConfigError(f"images {path}: wanted uint8 NHWC under arr_0 or images, got {got}")
         labels = arrays.get("arr_1", arrays.get("labels"))
         self._images, self._labels = images, labels
-        self.class_names = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+        self.class_names = (
+            None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+        )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -150,6 +152,28 @@ class TorchvisionImages:
 
     def label(self, index: int) -> int | None:
         return int(self._data[index][1])
+
+
+class Subset:
+    """The first ``count`` images of a collection.
+
+    Raises ConfigError if there are fewer.
+    """
+
+    def __init__(self, images: ImageCollection, count: int) -> None:
+        if not 0 < count <= len(images):
+            raise ConfigError(f"{count} images wanted, the collection has {len(images)}")
+        self._images, self._count = images, count
+        self.class_names = images.class_names
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, index: int) -> Tensor:
+        return self._images.image(index)
+
+    def label(self, index: int) -> int | None:
+        return self._images.label(index)
 
 
 def load_all(

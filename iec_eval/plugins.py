@@ -195,7 +195,9 @@ def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
 
 
 def _owner(plugin_name: str) -> str:
-    return plugin_name.rsplit(":", 2)[0] if plugin_name.count(":") > 1 else plugin_name.split(":")[0]
+    return (
+        plugin_name.rsplit(":", 2)[0] if plugin_name.count(":") > 1 else plugin_name.split(":")[0]
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -212,15 +214,19 @@ def _registrations(manager: pluggy.PluginManager, plugin: Any) -> Iterable[tuple
                 yield kind, _checked(implementation.function, base, hook)
 
 
-def _checked(function: Callable[[], Any], base: type, hook: str) -> list[Any]:
+def _checked(function: Callable[[], Any], base: Any, hook: str) -> list[Any]:
     classes = function()
     if not isinstance(classes, list | tuple):
         raise PluginError(f"{hook} must return a list of classes, got {classes!r}")
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise PluginError(f"{hook} returned {cls!r}, wanted a subclass of {base.__name__}")
-        if not isinstance(getattr(cls, "name", None), str) or not cls.name:
-            raise PluginError(f"{cls.__name__} has no name")
-        if not issubclass(cls.Options, BaseModel):
-            raise PluginError(f"{cls.__name__}.Options is not an Options class")
+        _check_class(cls)
     return list(classes)
+
+
+def _check_class(cls: Any) -> None:
+    if not isinstance(getattr(cls, "name", None), str) or not cls.name:
+        raise PluginError(f"{cls.__name__} has no name")
+    if not issubclass(cls.Options, BaseModel):
+        raise PluginError(f"{cls.__name__}.Options is not an Options class")

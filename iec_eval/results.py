@@ -32,9 +32,7 @@ Status = Literal["done", "partial", "failed"]
 
 class _Part(BaseModel):
     # no NaN: JSON has none, and a metric that gave one has failed
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Delta(_Part):
@@ -109,7 +107,8 @@ class Results(_Part):
 def write_results(path: Path, results: Results) -> None:
     """Write ``results.json``, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        text = results.model_dump_json(indent=2, by_alias=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> Results:

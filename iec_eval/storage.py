@@ -1,10 +1,10 @@
 """Files: written whole or not at all, read without running code; and the layout of a run.
 
-    <out>/study.yaml
-    <out>/<variant>-<fingerprint8>/chunks/000000-000255.safetensors     uint8 images, their indices
-    <out>/<variant>-<fingerprint8>/features/<network>/000000-000255.safetensors
-    <out>/artifacts/<key>.safetensors
-    <out>/results.json  table.md  report.html  gallery.png  manifest.json
+<out>/study.yaml
+<out>/<variant>-<fingerprint8>/chunks/000000-000255.safetensors     uint8 images, their indices
+<out>/<variant>-<fingerprint8>/features/<network>/000000-000255.safetensors
+<out>/artifacts/<key>.safetensors
+<out>/results.json  table.md  report.html  gallery.png  manifest.json
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except Exception as error:  # safetensors raises its own type, json another
         raise CorruptFile(f"{path}: cannot be read ({error})") from error
 
@@ -196,7 +196,7 @@ class VariantFolder:
         return finished_ranges(self.chunks)
 
     def set_aside_corrupt(self) -> list[Path]:
-        """Rename chunks that cannot be read, so that they are made again; returns their new names."""
+        """Rename chunks that cannot be read, so that they are made again; their new names."""
         moved = []
         for part in self.finished():
             try:
@@ -256,9 +256,7 @@ def finished_ranges(folder: Path) -> list[IndexRange]:
     return sorted(part for part in ranges if part is not None)
 
 
-def missing_ranges(
-    finished: Iterable[IndexRange], count: int, chunk_size: int
-) -> list[IndexRange]:
+def missing_ranges(finished: Iterable[IndexRange], count: int, chunk_size: int) -> list[IndexRange]:
     """What of images 0..count-1 is not covered, cut at multiples of ``chunk_size``.
 
     Works whatever sizes the finished files have, so count and chunk size may change between runs.

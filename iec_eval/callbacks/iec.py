@@ -176,9 +176,7 @@ class IEC(DenoisingCallback):
         self.on_correction(step, Correction(residual, converged, applied))
         return torch.lerp(prediction, fresh, share), active & ~converged
 
-    def _evaluate(
-        self, step: Step, prediction: Tensor, estimate: Tensor, active: Tensor
-    ) -> Tensor:
+    def _evaluate(self, step: Step, prediction: Tensor, estimate: Tensor, active: Tensor) -> Tensor:
         """eps(x^(k), t) for the images still active; the others keep their prediction."""
         options = self.options
         if active.all():
@@ -187,17 +185,19 @@ class IEC(DenoisingCallback):
         some = step.predict(
             estimate[rows], rows=rows, timestep=options.timestep, store=options.refresh_cache
         )
-        return prediction.index_copy(0, rows, some)
+        merged: Tensor = prediction.index_copy(0, rows, some)
+        return merged
 
     def _residual(self, target: Tensor, estimate: Tensor, weight: float) -> Tensor:
         """The quantity the tolerance is compared with, one number per image."""
         change, size = (target - estimate).flatten(1), estimate.flatten(1)
         if self.options.tolerance_scope == "batch":
             change, size = change.reshape(1, -1), size.reshape(1, -1)
+        residual = torch.linalg.vector_norm(change, dim=1)
         if self.options.tolerance_mode == "absolute":
-            residual = abs(weight) * change.norm(dim=1)
+            residual = abs(weight) * residual
         else:
-            residual = change.norm(dim=1) / (size.norm(dim=1) + 1e-6)
+            residual = residual / (torch.linalg.vector_norm(size, dim=1) + 1e-6)
         return residual.expand(len(estimate))
 
 

@@ -60,7 +60,11 @@ def study_options(command: Command) -> Command:
         "-o", "--out", type=click.Path(path_type=Path), help="Run folder [default: runs/<study>]."
     )(command)
     command = click.option(
-        "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        "-s",
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
         help="Override a key of the study, as in -s images.count=128; repeatable.",
     )(command)
     return click.argument("study")(command)
@@ -81,9 +85,7 @@ def launch(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
 @cli.command()
 @study_options
 @click.option("--shard", metavar="I/N", help="Only this share of the chunks: 0/16 to 15/16.")
-def generate(
-    study: str, overrides: tuple[str, ...], out: Path | None, shard: str | None
-) -> None:
+def generate(study: str, overrides: tuple[str, ...], out: Path | None, shard: str | None) -> None:
     """Make the images that are missing."""
     from iec_eval import workflow
 
@@ -122,8 +124,13 @@ def show(study: str, overrides: tuple[str, ...], out: Path | None, as_json: bool
 @cli.command()
 @click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "-f", "--format", "style", default="md", show_default=True,
-    type=click.Choice(["md", "csv", "json", "latex"]), help="How to print it.",
+    "-f",
+    "--format",
+    "style",
+    default="md",
+    show_default=True,
+    type=click.Choice(["md", "csv", "json", "latex"]),
+    help="How to print it.",
 )
 @json_option
 def table(out: tuple[Path, ...], style: str, as_json: bool) -> None:
@@ -184,10 +191,17 @@ def export(out: Path, folder: Path, variant: str | None) -> None:
 @cli.command()
 @click.argument("images")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--samples",
+    type=int,
+    default=5000,
+    show_default=True,
+    help="Samples to measure the FID of; 0 measures nothing.",
+)
 @click.option("--test", "test_images", help="Held-out images, for accuracy and the FID floor.")
 @click.option("--tag", required=True, help="Names the scores: fid-TAG.")
-@click.option("--steps", type=int, default=12000, show_default=True, help="Denoiser steps.")
-@click.option("--epochs", type=int, default=12, show_default=True, help="Classifier epochs.")
+@click.option("--steps", type=int, default=10000, show_default=True, help="Denoiser steps.")
+@click.option("--epochs", type=int, default=15, show_default=True, help="Classifier epochs.")
 @click.option("--pad", default=0, show_default=True, help="Black border in pixels.")
 @click.option("--size", type=int, help="Final side length in pixels.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Final number of channels.")

@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from iec_eval.errors import Incompatible
 
 BLOCKS = frozenset(
-    "DownBlock2D AttnDownBlock2D CrossAttnDownBlock2D ResnetDownsampleBlock2D "
-    "UpBlock2D AttnUpBlock2D CrossAttnUpBlock2D ResnetUpsampleBlock2D "
-    "UNetMidBlock2D UNetMidBlock2DCrossAttn".split()
+    {
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "ResnetDownsampleBlock2D",
+        "UpBlock2D",
+        "AttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "ResnetUpsampleBlock2D",
+        "UNetMidBlock2D",
+        "UNetMidBlock2DCrossAttn",
+    }
 )
 
 
@@ -53,7 +62,9 @@ class DecoderUnit:
     attention: nn.Module | None
     upsamplers: Sequence[nn.Module]
 
-    def __call__(self, hidden: Tensor, skip: Tensor, below: Tensor | None, context: Context) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, skip: Tensor, below: Tensor | None, context: Context
+    ) -> Tensor:
         """``below`` is the skip that the next unit will take; it sets the size to upsample to."""
         hidden = self.resnet(torch.cat([hidden, skip], dim=1), context.embedding)
         hidden = _attend(self.attention, hidden, context)
@@ -170,9 +181,7 @@ def _attend(attention: nn.Module | None, hidden: Tensor, context: Context) -> Te
     return cast(Tensor, attention(hidden))
 
 
-def _upsample(
-    layer: nn.Module, hidden: Tensor, below: Tensor | None, context: Context
-) -> Tensor:
+def _upsample(layer: nn.Module, hidden: Tensor, below: Tensor | None, context: Context) -> Tensor:
     if isinstance(layer, ResnetBlock2D):
         return cast(Tensor, layer(hidden, context.embedding))
     doubled = [2 * side for side in hidden.shape[-2:]]

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 FASHION_MNIST = Path(__file__).parent / "fashion_mnist"
+FASHION_MNIST_UNCONDITIONAL = 10  # the class that means "no label"

@@ -28,6 +28,7 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d"  # as far as the name tells
 FEATURES = 64
 CARD, WEIGHTS = "features.json", "features.safetensors"
 
@@ -116,7 +117,7 @@ class InceptionV3(FeatureNetwork):
         self._device = torch.device("cpu")
 
     def identity(self) -> dict[str, str]:
-        self._hash = self._hash or sha256(self._weights_file())
+        self._hash = self._hash or self._checked_hash()
         return {
             "network": "inception-v3-compat",
             "weights": self._hash,
@@ -147,6 +148,17 @@ class InceptionV3(FeatureNetwork):
         coloured = images.expand(-1, 3, -1, -1).to(self._device)
         features, logits = self._network(coloured)
         return Features(features.cpu(), logits.cpu())
+
+    def _checked_hash(self) -> str:
+        """Of the weights; those in the default place must be the ones their name says."""
+        path = self._weights_file()
+        found = sha256(path)
+        if self._given is None and not found.startswith(INCEPTION_SHA256):
+            raise CorruptFile(
+                f"weights {path}: not the published file, whose sha256 begins with "
+                f"{INCEPTION_SHA256} (got {found[:8]}); get it again from {INCEPTION_URL}"
+            )
+        return found
 
     def _weights_file(self) -> Path:
         path = self._given or default_inception_weights()
@@ -292,6 +304,8 @@ def _read_card(path: Path) -> ClassifierCard:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise CorruptFile(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CorruptFile(f"{path}: wanted an object, got {type(values).__name__}")
     return validated(ClassifierCard, values, str(path))
 
 

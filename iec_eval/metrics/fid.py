@@ -57,9 +57,8 @@ class FID(FeatureMetric):
     def prepare(self, count: int) -> None:
         super().prepare(count)
         _check_protocols(self._reference, self.reference.protocol, self.network.identity())
-        least = 2 if self._allow_biased else self.network.dimensions
-        _check_count("images", count, least)
-        _check_count(f"reference images in {self._reference}", self.reference.count, least)
+        for what, number in (("images", count), ("reference images", self.reference.count)):
+            _check_count(what, number, self.network.dimensions, self._allow_biased)
 
     def protocol(self) -> dict[str, Any]:
         reference = {
@@ -124,10 +123,12 @@ def _check_protocols(name: str, reference: dict[str, str], network: dict[str, st
     )
 
 
-def _check_count(what: str, count: int, least: int) -> None:
-    if count < least:
+def _check_count(what: str, count: int, dimensions: int, allow_biased: bool) -> None:
+    if count < 2:
+        raise ConfigError(f"fid: {count} {what}, a covariance needs 2 or more; use more images")
+    if count < dimensions and not allow_biased:
         raise ConfigError(
-            f"fid: {count} {what}, wanted {least} or more, the dimensions of a feature: below "
+            f"fid: {count} {what}, wanted {dimensions} or more, the dimensions of a feature: below "
             "that the covariance is singular and FID far too high; use more images, or set "
             "allow_biased: true to have the number all the same"
         )

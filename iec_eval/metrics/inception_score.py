@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class InceptionScore(FeatureMetric):
 
     def compute(self) -> dict[str, float]:
         logits, indices = dim_zero_cat(self.logits), dim_zero_cat(self.indices)
-        order = shuffled(indices.tolist(), self._seed)
-        parts = torch.tensor_split(logits[order].double(), self._splits)
+        shuffle = shuffled(indices.tolist(), self._seed)
+        parts = split_evenly(logits[shuffle].double(), self._splits)
         scores = torch.tensor([inception_score(part) for part in parts], dtype=torch.float64)
         return {
             self.result("is"): float(scores.mean()),
@@ -75,12 +76,18 @@ class InceptionScore(FeatureMetric):
 def inception_score(logits: Tensor) -> float:
     """Inception Score of ``logits [N, K]`` as one split; torchmetrics computes it."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all")
+        warnings.simplefilter("ignore", UserWarning)  # on memory, and on the deviation of one split
         torch.manual_seed(0)  # it shuffles: changes the order of a sum, not what is summed
         metric = inception.InceptionScore(feature=nn.Identity(), splits=1)
         metric.update(logits)
         mean, _ = inception.InceptionScore.compute(metric)
     return float(mean)
+
+
+def split_evenly(rows: Tensor, parts: int) -> list[Tensor]:
+    """``rows [N, ...]`` cut at i N / parts, rounded down, as torch-fidelity cuts them."""
+    cuts = [part * len(rows) // parts for part in range(parts + 1)]
+    return [rows[start:stop] for start, stop in pairwise(cuts)]
 
 
 def shuffled(indices: Sequence[int], seed: int) -> list[int]:

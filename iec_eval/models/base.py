@@ -43,7 +43,9 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def load(self) -> nn.Module:
-        """The network with its weights, in eval mode on the CPU, called ``(sample, timestep, **inputs)``.
+        """The network with its weights, in eval mode on the CPU.
+
+        It is called ``network(sample, timestep, **inputs)``.
 
         Raises CorruptFile or ConfigError, naming the file, when the weights cannot be read.
         """
@@ -51,6 +53,11 @@ class DiffusionModel(ABC):
     @abstractmethod
     def identity(self) -> dict[str, str]:
         """What makes this model this model: a hash for each of its files."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one decoded image, ``(C', H', W')``; the latent's unless there is a decoder."""
+        return self.shape
 
     def condition(self, images: Sequence[int]) -> Condition:
         """Labels or prompts of these images, a function of the index alone."""

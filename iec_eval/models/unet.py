@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from iec_eval.denoising import Condition
-from iec_eval.embedded import FASHION_MNIST
+from iec_eval.embedded import FASHION_MNIST, FASHION_MNIST_UNCONDITIONAL
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.models.base import DiffusionModel, Prediction
 from iec_eval.options import BaseOptions
@@ -49,15 +49,16 @@ class UNetOptions(LabelOptions):
     )
 
 
-class UNet(DiffusionModel):
-    """A UNet2DModel from a folder in diffusers' layout, unconditional or class-conditional."""
+class FolderModel(DiffusionModel):
+    """A UNet2DModel from ``folder``, unconditional or class-conditional."""
 
-    name = "unet"
-    Options = UNetOptions
+    options: LabelOptions
 
-    def __init__(self, options: BaseOptions) -> None:
+    def __init__(
+        self, options: LabelOptions, folder: Path, unconditional_class: int | None
+    ) -> None:
         super().__init__(options)
-        self.folder, self.unconditional_class = self._source()
+        self.folder, self.unconditional_class = folder, unconditional_class
         config = _read_json(self.folder / NETWORK_CONFIG)
         if config.get("_class_name") != "UNet2DModel":
             raise Incompatible(
@@ -72,12 +73,12 @@ class UNet(DiffusionModel):
 
     def skeleton(self) -> nn.Module:
         with torch.device("meta"):
-            return self._build()
+            network: nn.Module = self._build()
+        return network
 
     def load(self) -> nn.Module:
-        network = self._build()
-        path = self.folder / NETWORK_WEIGHTS
-        load_strictly(network, path)
+        network: nn.Module = self._build()
+        load_strictly(network, self.folder / NETWORK_WEIGHTS)
         return network.eval().requires_grad_(False)
 
     def identity(self) -> dict[str, str]:
@@ -96,6 +97,7 @@ class UNet(DiffusionModel):
         inputs = {"class_labels": torch.tensor(labels)}
         if self.options.guidance == 1.0:
             return Condition(inputs)
+        assert self.unconditional_class is not None  # checked at construction
         nothing = torch.full((len(images),), self.unconditional_class)
         return Condition(inputs, {"class_labels": nothing}, self.options.guidance)
 
@@ -104,11 +106,6 @@ class UNet(DiffusionModel):
         """Number of real classes, 0 for an unconditional network."""
         embedded = self.config.get("num_class_embeds") or 0
         return embedded - (self.unconditional_class is not None) if embedded else 0
-
-    def _source(self) -> tuple[Path, int | None]:
-        options = self.options
-        assert isinstance(options, UNetOptions)
-        return Path(options.path), options.unconditional_class
 
     def _build(self) -> Any:
         from diffusers import UNet2DModel
@@ -124,7 +121,7 @@ class UNet(DiffusionModel):
         self.prediction = PREDICTIONS[config.get("prediction_type", "epsilon")]
 
     def _check_labels(self) -> None:
-        options: Any = self.options
+        options = self.options
         if options.guidance != 1.0 and (self.classes == 0 or self.unconditional_class is None):
             raise Incompatible(
                 f"model {self.folder}: guidance needs a class-conditional network and "
@@ -134,14 +131,24 @@ class UNet(DiffusionModel):
             raise ConfigError(f"label {options.label}: the model has {self.classes} classes")
 
 
-class FashionMNIST(UNet):
+class UNet(FolderModel):
+    """A UNet2DModel from a folder in diffusers' layout, unconditional or class-conditional."""
+
+    name = "unet"
+    Options = UNetOptions
+
+    def __init__(self, options: UNetOptions) -> None:
+        super().__init__(options, Path(options.path), options.unconditional_class)
+
+
+class FashionMNIST(FolderModel):
     """The packaged model: a class-conditional DDPM on 16x16 Fashion-MNIST, see its data card."""
 
     name = "fashion-mnist"
     Options = LabelOptions
 
-    def _source(self) -> tuple[Path, int | None]:
-        return FASHION_MNIST, 10
+    def __init__(self, options: LabelOptions) -> None:
+        super().__init__(options, FASHION_MNIST, FASHION_MNIST_UNCONDITIONAL)
 
 
 def load_strictly(network: nn.Module, path: Path) -> None:

@@ -67,31 +67,37 @@ def report_page(
     shown = grid([results], directions)
     sections = [
         _section("Results", _table(shown) + _paragraphs(shown.notes)),
-        _section("Quality against cost", _plot(quality_plot(results, directions))),
-        _section("At equal cost", _list(verdicts(results, directions))),
+        _side_by_side(
+            _section("Quality against cost", _plot(quality_plot(results, directions))),
+            _section("At equal cost", _list(verdicts(results, directions))),
+        ),
         _section("The same noise, side by side", _gallery(gallery_png)),
         _section("Provenance", _folded("Evaluation protocol", results.protocol)),
         _folded("Rows and their parts", _parts(results)),
         _folded("Configuration and provenance", manifest),
     ]
-    return _PAGE.substitute(
-        title=escape(results.study), lead=escape(_lead(results)), sections="\n".join(sections)
-    )
+    title, lead = escape(results.study), escape(_lead(results, shown))
+    return _PAGE.substitute(title=title, lead=lead, sections="\n".join(sections))
 
 
-def _lead(results: Results) -> str:
+def _lead(results: Results, shown: Grid) -> str:
     done = sum(row.status == "done" for row in results.variants)
     return (
-        f"{done} of {len(results.variants)} rows are finished, with {results.images:,} images "
-        "each. Image i of every row starts from the same noise, so rows differ only in how the "
-        "images were made. Read a difference together with what it costs: a callback such as IEC "
-        "takes extra evaluations of the network, and the fair rival of a row is one with equal "
-        "relative MACs, not the same row without the callback."
+        f"{done} of {len(results.variants)} rows are finished. {shown.reading} Image i of every "
+        "row starts from the same noise, so rows differ only in how the images were made. Read a "
+        "difference together with what it costs: a callback such as IEC takes extra evaluations "
+        "of the network, so compare rows at equal relative MACs; the same row without the "
+        "callback is the cheaper one, not the fair rival."
     )
 
 
 def _section(title: str, body: str) -> str:
     return f"<h2>{escape(title)}</h2>\n{body}" if body else ""
+
+
+def _side_by_side(*sections: str) -> str:
+    shown = [f"<div>{section}</div>" for section in sections if section]
+    return f'<div class="pair">{"".join(shown)}</div>' if shown else ""
 
 
 def _paragraphs(texts: Sequence[str]) -> str:
@@ -104,15 +110,21 @@ def _list(texts: Sequence[str]) -> str:
 
 def _table(shown: Grid) -> str:
     # explicit roles: laid out as cards on a narrow screen, a table would lose its own
-    heads = "".join(f'<th role="columnheader">{escape(text)}</th>' for text in shown.headers)
+    heads = "".join(f'<th role="columnheader">{_header(text)}</th>' for text in shown.headers)
     body = "".join(
         _table_row(shown.headers, cells) + _ending_row(ending(row.variant), len(cells))
         for row, cells in zip(shown.rows, shown.cells, strict=True)
     )
     return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Results">'
         f'<table role="table"><thead role="rowgroup"><tr role="row">{heads}</tr></thead>\n'
-        f'<tbody role="rowgroup">{body}</tbody></table>\n'
+        f'<tbody role="rowgroup">{body}</tbody></table></div>\n'
     )
+
+
+def _header(text: str) -> str:
+    # a line may end after a slash, but not before an arrow
+    return escape(text).replace("/", "/<wbr>").replace(" ↑", "&nbsp;↑").replace(" ↓", "&nbsp;↓")
 
 
 def _table_row(headers: Sequence[str], cells: Sequence[str]) -> str:
@@ -187,13 +199,18 @@ p, li, figcaption { max-width: 46rem; overflow-wrap: anywhere; }
 .note, figcaption { color: var(--soft); font-size: .9rem; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: baseline; }
-th:first-child, td.ending { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td.ending { text-align: left; overflow-wrap: break-word; }
+th:first-child { min-width: 11rem; max-width: 24rem; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td.ending { color: var(--bad); }
 figure { margin: 0; }
-.plot svg { display: block; width: 100%; max-width: 42rem; height: auto; }
+.plot svg { display: block; width: 100%; max-width: 36rem; height: auto; }
+.pair { display: grid; gap: 0 3rem; }
+@media (min-width: 64rem) { .pair { grid-template-columns: 36rem 1fr; } }
+ul { margin: 0; padding-left: 1.2rem; }
+li { margin-bottom: .6rem; }
 .scroll { overflow-x: auto; }
 .scroll img { display: block; max-width: none; border-radius: 6px; border: 1px solid var(--line); }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .75rem 0;
@@ -201,12 +218,12 @@ details { border: 1px solid var(--line); border-radius: 6px; margin: .75rem 0;
 summary { cursor: pointer; padding: .6rem .9rem; font-weight: 600; }
 pre { margin: 0; padding: .5rem .9rem .9rem; overflow-x: auto; font-size: .85rem; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-@media (max-width: 52rem) {
+@media (max-width: 44rem) {
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody, tr, th, td { display: block; width: 100%; }
   tr { border-bottom: 1px solid var(--line); padding: .6rem 0; }
   th, td { border: 0; padding: .12rem 0; }
-  tbody th { text-align: left; font-size: 1rem; }
+  tbody th:first-child { font-size: 1rem; min-width: 0; max-width: none; }
   td[data-label] { display: flex; justify-content: space-between; gap: 1rem; }
   td[data-label]::before { content: attr(data-label); color: var(--soft); text-align: left; }
 }

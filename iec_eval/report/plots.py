@@ -31,8 +31,9 @@ _RC: Mapping[str, Any] = {
     "svg.hashsalt": "iec-eval",  # element ids are the same every time
     "text.parse_math": False,  # a dollar in a name is a dollar
 }
-_SIZE = (6.4, 4.4)  # inches
-_CLEARANCE = 3.0  # pixels that a label keeps from a point
+_SIZE = (5.2, 3.8)  # inches: text is still readable at the width of a phone
+_CLEARANCE = 5.0  # pixels that a label keeps from points and arrows
+_ARROW_PARTS = 24  # places along an arrow that labels avoid
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _point(row: Variant, metric: str, relative: bool) -> Point | None:
 
 
 def _cost_label(relative: bool) -> str:
-    return f"MACs per image{', relative to full precision' if relative else ''} (right: dearer)"
+    return f"MACs per image{', relative to full precision' if relative else ''}"
 
 
 def _quality_label(metric: str, images: int, upward: bool | None) -> str:
@@ -139,7 +140,7 @@ def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
     """Put each label where it covers least of the points and of the labels before it."""
     axes = figure.axes[0]
     frame = axes.get_window_extent()
-    taken = [_surroundings(axes, point) for point in points]
+    taken = [_surroundings(axes, *place) for place in _occupied(points)]
     for point in sorted(points, key=lambda point: (point.cost, point.quality)):
         place = (point.cost, point.quality)
         label = axes.annotate(point.name, place, (0, 0), textcoords="offset points", fontsize=10)
@@ -173,11 +174,22 @@ def _move(label: Annotation, place: _Place) -> Bbox:
     return label.get_window_extent()
 
 
-def _surroundings(axes: Axes, point: Point) -> Bbox:
+def _occupied(points: Sequence[Point]) -> Iterator[tuple[float, float]]:
+    """Every point and places along every arrow, in data units."""
+    places = {point.name: (point.cost, point.quality) for point in points}
+    for point in points:
+        yield places[point.name]
+        x, y = places.get(point.base or "", places[point.name])
+        for part in range(1, _ARROW_PARTS):
+            share = part / _ARROW_PARTS
+            yield x + share * (point.cost - x), y + share * (point.quality - y)
+
+
+def _surroundings(axes: Axes, cost: float, quality: float) -> Bbox:
     from matplotlib.transforms import Bbox
 
-    x, y = axes.transData.transform((point.cost, point.quality))
-    reach = _CLEARANCE + 3
+    x, y = axes.transData.transform((cost, quality))
+    reach = _CLEARANCE
     return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,12 +44,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text: one row of ``cells`` per entry of ``rows``, under ``headers``."""
+    """A table as text: one row of ``cells`` per entry of ``rows``, under ``headers``.
+
+    ``reading`` says what the numbers rest on, ``notes`` explain what is in the cells.
+    """
 
     headers: list[str]
     cells: list[list[str]]
     rows: list[Row]
+    reading: str
     notes: list[str]
+
+    def footnotes(self) -> list[str]:
+        """Everything that belongs under the table, also why a row is not done."""
+        endings = [ending(row.variant) for row in self.rows]
+        return [self.reading, *self.notes, *filter(None, endings)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ def grid(results: Sequence[Results], directions: Directions | None = None) -> Gr
         *([_Column("paper", _paper)] if any(row.variant.paper for row in rows) else []),
     ]
     cells = [[column.cell(row) for column in columns] for row in rows]
-    return Grid([column.header for column in columns], cells, rows, _notes(results, rows))
+    headers = [column.header for column in columns]
+    return Grid(headers, cells, rows, reading_note(results), _notes(rows))
 
 
 def variant_label(variant: Variant) -> str:
@@ -174,8 +185,8 @@ def _paper(row: Row) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in reported.items()) or NOTHING
 
 
-def _notes(results: Sequence[Results], rows: Sequence[Row]) -> list[str]:
-    notes = [reading_note(results)]
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = []
     bases = _bases(rows)
     if bases:
         notes.append(f"In parentheses after a metric: its change against another row ({bases}).")
@@ -185,7 +196,7 @@ def _notes(results: Sequence[Results], rows: Sequence[Row]) -> list[str]:
         notes.append(
             "(simulated): the saved arithmetic is still done, so seconds do not show the saving."
         )
-    return notes + [note for note in (ending(row.variant) for row in rows) if note]
+    return notes
 
 
 def _bases(rows: Sequence[Row]) -> str:
@@ -213,7 +224,7 @@ def _markdown(grid: Grid) -> str:
         for header, column in zip(grid.headers, zip(*lines, strict=True), strict=True)
     ]
     body = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
-    return "\n\n".join(["\n".join(body), *map(_markdown_text, grid.notes)]) + "\n"
+    return "\n\n".join(["\n".join(body), *map(_markdown_text, grid.footnotes())]) + "\n"
 
 
 def _padded(column: Sequence[str], *, left: bool) -> list[str]:
@@ -224,10 +235,8 @@ def _padded(column: Sequence[str], *, left: bool) -> list[str]:
 
 
 def _markdown_text(text: str) -> str:
-    return " ".join(text.translate(_MARKDOWN).split())
-
-
-_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"})
+    # a "<" begins a tag only before these; "N<1000" stays as it is
+    return re.sub(r"([\\|*`]|<(?=[A-Za-z/!?]))", r"\\\1", " ".join(text.split()))
 
 
 def _latex(grid: Grid) -> str:
@@ -242,7 +251,7 @@ def _latex(grid: Grid) -> str:
             *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
-            *(rf"\par {{\footnotesize {_latex_text(note)}}}" for note in grid.notes),
+            *(rf"\par {{\footnotesize {_latex_text(note)}}}" for note in grid.footnotes()),
             "",
         ]
     )

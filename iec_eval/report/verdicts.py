@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from iec_eval.report.wording import (
     decimals,
@@ -17,6 +18,17 @@ _SAME_COST = 1.02  # costs this close are equal
 _FAR_BELOW = 0.9  # a rival cheaper than this share is no equal-cost rival
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A finished row: its quality (larger is better), its cost, and both in words."""
+
+    shown: str
+    cost: str
+    corrected: bool
+    quality: float
+    macs: float
+
+
 def verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> list[str]:
     """One sentence for each finished row with callbacks; none where "better" is undefined.
 
@@ -26,8 +38,14 @@ def verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> 
     upward = higher_is_better(metric, directions) if metric else None
     if metric is None or upward is None:
         return []
-    rows = [row for row in results.variants if _value(row, metric) is not None and _macs(row) > 0]
-    return [_verdict(row, rows, metric, upward) for row in rows if row.callbacks]
+    found = [(row, value) for row in results.variants if (value := _value(row, metric)) is not None]
+    digits = decimals(value for _, value in found)
+    entries = [
+        _entry(row, f"{metric} {value:.{digits}f}", value if upward else -value)
+        for row, value in found
+        if row.cost.macs_per_image
+    ]
+    return [_verdict(entry, entries) for entry in entries if entry.corrected]
 
 
 def _value(row: Variant, metric: str) -> float | None:
@@ -35,35 +53,23 @@ def _value(row: Variant, metric: str) -> float | None:
     return found.value if found and row.status == "done" else None
 
 
-def _macs(row: Variant) -> float:
-    return row.cost.macs_per_image or 0.0
-
-
-def _verdict(row: Variant, rows: list[Variant], metric: str, upward: bool) -> str:
-    limit = _macs(row) * _SAME_COST
-    rivals = [other for other in rows if not other.callbacks and _macs(other) <= limit]
-    if not rivals:
-        return f"{_shown(row, metric)}: no row without callbacks costs as little: untested."
-    best = max(rivals, key=lambda rival: _score(rival, metric, upward))
-    if _score(best, metric, upward) >= _score(row, metric, upward):
-        return f"{_shown(row, metric)}: no better than {_shown(best, metric)} at no more cost."
-    nearest = max(rivals, key=_macs)
-    verdict = f"{_shown(row, metric)}: better than every row without callbacks that costs no more"
-    if _macs(nearest) < _FAR_BELOW * _macs(row):
-        return f"{verdict}, but the nearest of them costs only {_cost(nearest)}: no equal rival."
-    return f"{verdict}; the nearest is {_shown(nearest, metric)}."
-
-
-def _score(row: Variant, metric: str, upward: bool) -> float:
-    value = _value(row, metric) or 0.0
-    return value if upward else -value
-
-
-def _shown(row: Variant, metric: str) -> str:
-    value = _value(row, metric) or 0.0
-    return f"{row.name} ({metric} {value:.{decimals([value])}f} at {_cost(row)})"
-
-
-def _cost(row: Variant) -> str:
+def _entry(row: Variant, measured: str, quality: float) -> _Entry:
     share = row.cost.relative_macs
-    return f"{quantity(row.cost.macs_per_image)} MACs" if share is None else f"{times(share)} MACs"
+    cost = f"{quantity(row.cost.macs_per_image) if share is None else times(share)} MACs"
+    shown = f"{row.name} ({measured} at {cost})"
+    return _Entry(shown, cost, bool(row.callbacks), quality, row.cost.macs_per_image or 0.0)
+
+
+def _verdict(entry: _Entry, entries: Sequence[_Entry]) -> str:
+    limit = entry.macs * _SAME_COST
+    rivals = [other for other in entries if not other.corrected and other.macs <= limit]
+    if not rivals:
+        return f"{entry.shown}: untested, no row without callbacks costs as little."
+    best = max(rivals, key=lambda rival: rival.quality)
+    if best.quality >= entry.quality:
+        return f"{entry.shown}: no better than {best.shown}, which costs no more."
+    nearest = max(rivals, key=lambda rival: rival.macs)
+    verdict = f"{entry.shown}: better than every row without callbacks that costs no more"
+    if nearest.macs < _FAR_BELOW * entry.macs:
+        return f"{verdict}, but those cost {nearest.cost} at most: no rival of equal cost."
+    return f"{verdict}; the nearest is {nearest.shown}."

@@ -66,7 +66,7 @@ def ddim_timesteps(steps: int, spacing: str, train_timesteps: int) -> tuple[int,
     if steps > train_timesteps:
         raise ConfigError(f"ddim: {steps} steps wanted, the model has {train_timesteps} timesteps")
     if spacing == "uniform":
-        rising = np.arange(steps) * (train_timesteps // steps)
+        rising = np.arange(steps, dtype=np.float64) * (train_timesteps // steps)
     else:
         rising = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
     return tuple(int(t) for t in reversed(rising))

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.metrics.features import CARD, WEIGHTS, ClassifierCard, ImageClassifier
@@ -187,7 +186,7 @@ def _train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.learning_rate * rate
     _, logits = state.network(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)

@@ -7,7 +7,7 @@ the weights of an uninterrupted one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class DenoiserRecipe:
     the last fifth of ``steps``, so raising ``steps`` of an unfinished run changes nothing before.
     """
 
-    steps: int = 12000
+    steps: int = 10000
     batch: int = 64
     learning_rate: float = 1.0e-3
     warmup: int = 500
@@ -85,7 +85,7 @@ class TrainingState:
         self.step, self.losses = saved["step"], saved["losses"]
 
 
-def build_network(recipe: DenoiserRecipe, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build_network(recipe: DenoiserRecipe, shape: Sequence[int], classes: int) -> Any:
     """diffusers' UNet2DModel for ``[C, H, W]`` images; class ``classes`` means "no label"."""
     from diffusers import UNet2DModel
 
@@ -125,7 +125,7 @@ def train_denoiser(
 
     classes = int(labels.max()) + 1
     torch.manual_seed(recipe.seed)
-    state = _new_state(recipe, build_network(recipe, tuple(images.shape[1:]), classes))
+    state = _new_state(recipe, build_network(recipe, images.shape[1:], classes))
     checkpoint = folder / "training.pt"
     if checkpoint.exists():
         state.restore(checkpoint, recipe)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from iec_eval.api import BaseOptions, Draw, NoiseSchedule, Sampler, State, hookimpl
 from pydantic import Field
 from torch import Tensor
+
+from iec_eval.api import BaseOptions, Draw, NoiseSchedule, Sampler, State, hookimpl
 
 
 class DPMSolverOptions(BaseOptions):

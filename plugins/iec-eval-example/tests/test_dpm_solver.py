@@ -1,8 +1,9 @@
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from iec_eval_example import DPMSolver, DPMSolverOptions
+
 from iec_eval.api import Noise, NoiseSchedule
 from iec_eval.testing import check_sampler
-from iec_eval_example import DPMSolver, DPMSolverOptions
 
 
 def test_it_keeps_the_sampler_contract():

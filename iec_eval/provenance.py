@@ -1,0 +1,66 @@
+"""Where a result comes from: everything needed to judge it or make it again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iec_eval import __version__
+from iec_eval.assembly import Plan
+from iec_eval.plugins import Distribution
+from iec_eval.study import Study
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "numpy", "pluggy")
+
+
+def manifest(
+    study: Study,
+    plans: Sequence[Plan],
+    protocol: Mapping[str, Any],
+    plugins: Sequence[Distribution],
+) -> dict[str, Any]:
+    """The content of ``manifest.json``: configuration, hashes, versions, plugins and device."""
+    return {
+        "iec_eval": __version__,
+        "git": git_state(Path(__file__).parent),
+        "study": study.model_dump(mode="json"),
+        "fingerprints": {plan.experiment.name: plan.fingerprint for plan in plans},
+        "model_files": plans[0].model.identity(),
+        "protocol": dict(protocol),
+        "versions": versions(),
+        "plugins": [asdict(plugin) for plugin in plugins],
+        "device": device(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES}
+
+
+def device() -> dict[str, Any]:
+    """What the images were computed on."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": names,
+    }
+
+
+def git_state(folder: Path) -> str | None:
+    """Commit of the checkout the code runs from, marked if it was changed; None if it is none."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
