@@ -142,9 +142,19 @@ def _check(plan: Plan) -> None:
         clock = Clock(total, plan.full_steps([{} for _ in plan.parts()]))
         for callback in plan.callbacks:
             callback.check(plan.sampler, clock)
+        _check_fit(plan, clock)
     except ConfigError as error:
         error.args = (f"{name}: {error}",)
         raise
+
+
+def _check_fit(plan: Plan, clock: Clock) -> None:
+    """Apply the parts to the network without weights, up to the first that must be calibrated."""
+    network = plan.model.skeleton() if plan.methods else None
+    for part in plan.parts():
+        if type(part).calibrate is not EfficiencyMethod.calibrate:
+            return
+        network = part.apply(network, clock, {})
 
 
 def _check_slots(plan: Plan) -> None:

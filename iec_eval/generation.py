@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from iec_eval.assembly import Assembly, Plan, assemble
 from iec_eval.calibration import ArtifactStore
 from iec_eval.denoising import Denoiser, denoise
-from iec_eval.errors import IecEvalError, StorageError
+from iec_eval.errors import CorruptFile, IecEvalError, StorageError
 from iec_eval.noise import Noise
 from iec_eval.progress import Progress
 from iec_eval.storage import Chunk, IndexRange, VariantFolder, missing_ranges
@@ -101,7 +101,7 @@ class GenerationModule(LightningModule):
         try:
             self._progress.describe(job.plan.experiment.name)
             job.folder.write_chunk(self._make(self._assembly(batch.plan), batch.range))
-        except StorageError:
+        except (StorageError, CorruptFile):  # what all variants share: disk and weights
             raise
         except Exception as error:  # one variant's failure must not stop the others
             self._failed.add(batch.plan)

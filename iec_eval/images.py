@@ -100,7 +100,7 @@ class FolderImages:
         try:
             with Image.open(self.files[index]) as picture:
                 return _pil_to_tensor(picture)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # PIL's ways to say "damaged"
             raise CorruptFile(f"image {self.files[index]}: cannot be read ({error})") from error
 
     def label(self, index: int) -> int | None:
@@ -117,9 +117,13 @@ class NpzImages:
             got = {name: (str(a.dtype), a.shape) for name, a in arrays.items()}
             raise ConfigError(f"images {path}: wanted uint8 NHWC under arr_0 or images, got {got}")
         labels = arrays.get("arr_1", arrays.get("labels"))
+        if labels is not None and labels.shape != (len(images),):
+            raise ConfigError(
+                f"images {path}: wanted {len(images)} labels in one row, got {labels.shape}"
+            )
         self._images, self._labels = images, labels
         self.class_names = (
-            None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+            None if labels is None else [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
         )
 
     def __len__(self) -> int:
@@ -200,19 +204,21 @@ def _open_torchvision(name: str, root: str, split: str) -> Any:
     if factory is None:
         raise ConfigError(f"torchvision has no data set {name!r}")
     choice = {"train": split == "train"} if split in ("train", "test") else {"split": split}
-    try:
-        return factory(root, download=False, **choice)
-    except TypeError:
-        return factory(root, split=split)
-    except RuntimeError as error:
-        raise ConfigError(f"torchvision {name} under {root!r}: {error}") from error
+    for arguments in ({"download": False, **choice}, {"split": split}):
+        try:
+            return factory(root, **arguments)
+        except TypeError:  # data sets differ in what they take
+            continue
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ConfigError(f"torchvision {name} under {root!r}: {error}") from error
+    raise ConfigError(f"torchvision {name}: no data set with a split {split!r}")
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise CorruptFile(f"{path}: not a readable npz file ({error})") from error
 
 
@@ -233,6 +239,8 @@ def _centre_crop(image: Tensor) -> Tensor:
 def _with_channels(image: Tensor, channels: int | None) -> Tensor:
     if channels is None or image.shape[0] == channels:
         return image
+    if image.shape[0] not in (1, 3):
+        raise ConfigError(f"wanted images of 1 or 3 channels, got {image.shape[0]}")
     if channels == 3:
         return image.expand(3, -1, -1)
     # ITU-R 601 luma, the weights PIL uses

@@ -5,9 +5,10 @@ The YAML, the overrides, ``iec-eval show`` and the documentation all come from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +22,7 @@ class BaseOptions(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+Location = tuple[int | str, ...]
 
 
 def validated(cls: type[Model], values: Mapping[str, Any], where: str) -> Model:
@@ -31,14 +33,24 @@ def validated(cls: type[Model], values: Mapping[str, Any], where: str) -> Model:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_describe(cls, problem) for problem in error.errors()]
+        lines = [_describe(cls, problem) for problem in _telling(cls, error.errors())]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
+def _telling(cls: type[BaseModel], problems: Sequence[Any]) -> list[Any]:
+    """Of an option with alternatives, only the complaints of the one that fits furthest."""
+    deepest: dict[Location, int] = {}
+    for problem in problems:
+        option = _walk(cls, problem["loc"]).option
+        deepest[option] = max(deepest.get(option, 0), len(problem["loc"]))
+    return [p for p in problems if len(p["loc"]) == deepest[_walk(cls, p["loc"]).option]]
+
+
 def _describe(cls: type[BaseModel], problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    place = _walk(cls, problem["loc"])
+    path = ".".join(str(step) for step in place.path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_suggestion(cls, problem['loc'])}"
+        return f"unknown key {path!r}{_suggestion(place.owner, path)}"
     if problem["type"] == "missing":
         return f"{path!r} is missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -46,10 +58,47 @@ def _describe(cls: type[BaseModel], problem: Any) -> str:
     return f"{path}: {message}{given}" if path else f"{message}{given}"
 
 
-def _suggestion(cls: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    if len(loc) != 1:
+def _suggestion(owner: Any, path: str) -> str:
+    if not _is_model(owner):
         return ""
-    names = [field.alias or name for name, field in cls.model_fields.items()]
-    near = get_close_matches(str(loc[0]), names, n=1)
+    names = [field.alias or name for name, field in owner.model_fields.items()]
+    near = get_close_matches(path.rpartition(".")[2], names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     return f"{guess} (known: {', '.join(sorted(names))})"
+
+
+class _Place(NamedTuple):
+    """Where a problem is: as the user wrote it, up to the first alternatives, and in what type."""
+
+    path: Location
+    option: Location
+    owner: Any
+
+
+def _walk(cls: type[BaseModel], loc: Location) -> _Place:
+    """Follow pydantic's location, which also names the alternatives it tried."""
+    owner: Any = cls
+    inner: Any = cls
+    path, option = list[int | str](), loc
+    for depth, step in enumerate(loc):
+        if get_origin(inner) in (Union, UnionType):
+            option = min(option, loc[:depth], key=len)
+        else:
+            path.append(step)
+            owner = inner
+        inner = _inside(inner, step)
+    return _Place(tuple(path), option, owner)
+
+
+def _inside(annotation: Any, step: int | str) -> Any:
+    """The type at ``step`` of a model, a list or a union; None where it cannot be told."""
+    if _is_model(annotation):
+        field = annotation.model_fields.get(str(step))
+        return None if field is None else field.annotation
+    inner = get_args(annotation)
+    tagged = (a for a in inner if isinstance(step, int) or getattr(a, "__name__", "") == step)
+    return next(tagged, None)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -102,7 +102,7 @@ class Registry:
         for implementation in self.manager.hook.iec_eval_run_finished.get_hookimpls():
             try:
                 self._call(implementation, result)
-            except Exception as error:  # a plugin's failure must not lose a finished run
+            except (Exception, SystemExit) as error:  # it must not lose a finished run
                 complaints.append(f"{implementation.plugin_name}: run_finished failed: {error}")
         return complaints
 
@@ -111,22 +111,26 @@ class Registry:
         implementation.function(*(arguments[name] for name in implementation.argnames))
 
     def _collect(self, distribution: Distribution) -> None:
-        for plugin_name, plugin in self.manager.list_name_plugin():
-            if _owner(plugin_name) != distribution.distribution or plugin is None:
-                continue
-            try:
-                found = dict(_registrations(self.manager, plugin))
-            except Exception as error:
-                if distribution.distribution == hookspecs.PROJECT:
-                    raise
+        """All that a distribution registers, or nothing of it if any of it is broken."""
+        named = self.manager.list_name_plugin()
+        plugins = [plugin for name, plugin in named if _owner(name) == distribution.distribution]
+        try:
+            if distribution.error is None:
+                found = [dict(_registrations(self.manager, plugin)) for plugin in plugins]
+        except (Exception, SystemExit) as error:
+            if distribution.distribution == hookspecs.PROJECT:
+                raise
+            distribution.error = _one_line(error)
+        for number, plugin in enumerate(plugins):
+            if distribution.error is None:
+                self._add(distribution, plugin, found[number])
+            else:
                 self.manager.unregister(plugin)
-                distribution.error = f"{type(error).__name__}: {error}"
-                continue
-            self._add(distribution, found)
 
-    def _add(self, distribution: Distribution, found: Mapping[str, list[Any]]) -> None:
+    def _add(self, distribution: Distribution, plugin: Any, found: Mapping[str, list[Any]]) -> None:
+        callers = self.manager.get_hookcallers(plugin) or []
+        distribution.hooks.extend(caller.name for caller in callers)
         for kind, classes in found.items():
-            distribution.hooks.append(BASES[kind][0])
             for cls in classes:
                 distribution.names.setdefault(kind, []).append(cls.name)
                 owners = self._parts[kind].setdefault(cls.name, [])
@@ -156,10 +160,11 @@ def plugin_manager() -> tuple[pluggy.PluginManager, list[Distribution]]:
     for module in BUILTINS:
         manager.register(import_module(module), name=f"{hookspecs.PROJECT}:{module}")
     manager.check_pending()
-    distributions = [Distribution(hookspecs.PROJECT, __version__)]
+    found = {hookspecs.PROJECT: Distribution(hookspecs.PROJECT, __version__)}
     for entry_point in _entry_points():
-        distributions.append(_load(manager, entry_point))
-    return manager, distributions
+        name, version = _distribution(entry_point)
+        _load(manager, entry_point, found.setdefault(name, Distribution(name, version)))
+    return manager, list(found.values())
 
 
 def _entry_points() -> list[metadata.EntryPoint]:
@@ -171,21 +176,20 @@ def _entry_points() -> list[metadata.EntryPoint]:
     return [e for e in found if e.name in names or _distribution(e)[0] in names]
 
 
-def _load(manager: pluggy.PluginManager, entry_point: metadata.EntryPoint) -> Distribution:
-    name, version = _distribution(entry_point)
-    distribution = Distribution(name, version)
+def _load(
+    manager: pluggy.PluginManager, entry_point: metadata.EntryPoint, distribution: Distribution
+) -> None:
     plugin: Any = None
     try:
         plugin = entry_point.load()
-        manager.register(plugin, name=f"{name}:{entry_point.value}")
+        manager.register(plugin, name=f"{distribution.distribution}:{entry_point.value}")
         manager.check_pending()
     except BaseException as error:  # a plugin may even call sys.exit at import
         if isinstance(error, KeyboardInterrupt):
             raise
         if plugin is not None and manager.is_registered(plugin):
             manager.unregister(plugin)
-        distribution.error = _first_line(error)
-    return distribution
+        distribution.error = _one_line(error)
 
 
 def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
@@ -195,14 +199,12 @@ def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
 
 
 def _owner(plugin_name: str) -> str:
-    return (
-        plugin_name.rsplit(":", 2)[0] if plugin_name.count(":") > 1 else plugin_name.split(":")[0]
-    )
+    return plugin_name.partition(":")[0]
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500] or 'no message'}"
 
 
 def _registrations(manager: pluggy.PluginManager, plugin: Any) -> Iterable[tuple[str, list[Any]]]:
@@ -228,5 +230,8 @@ def _checked(function: Callable[[], Any], base: Any, hook: str) -> list[Any]:
 def _check_class(cls: Any) -> None:
     if not isinstance(getattr(cls, "name", None), str) or not cls.name:
         raise PluginError(f"{cls.__name__} has no name")
-    if not issubclass(cls.Options, BaseModel):
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, BaseModel)):
         raise PluginError(f"{cls.__name__}.Options is not an Options class")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(f"{cls.__name__} does not define {', '.join(missing)}")

@@ -206,7 +206,7 @@ def _assign(target: Any, key: str, value: Any, override: str) -> None:
 def _position(target: Any, key: str, override: str) -> int:
     if not isinstance(target, list):
         raise ConfigError(f"override {override!r}: {key!r} is inside a plain value")
-    if not key.isdigit() or int(key) >= len(target):
+    if not key.isdecimal() or int(key) >= len(target):
         raise ConfigError(f"override {override!r}: {key!r} is not one of 0..{len(target) - 1}")
     return int(key)
 

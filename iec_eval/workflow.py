@@ -159,6 +159,7 @@ def reference(
     count: int | None,
 ) -> str:
     """Make reference statistics from images; says what was written."""
+    RunFolder(out.parent).open()  # fail before the work, not after it
     network = feature_network(features, weights)
     network.load()
     preparation = ImagePreparation(pad, size, int(channels) if channels else None)
@@ -186,6 +187,7 @@ def reference(
 def export(out: Path, folder: Path, variant: str | None) -> str:
     """Write a run's images as PNG files, one folder per variant; says how many."""
     folders = _variant_folders(out, variant)
+    RunFolder(folder).open()
     written = [_export_variant(found, folder / found.path.name) for found in folders]
     return "\n".join(
         f"{folder / f.path.name}: {n} images" for f, n in zip(folders, written, strict=True)
@@ -335,7 +337,9 @@ def _variant_folders(out: Path, variant: str | None) -> list[VariantFolder]:
     found = sorted(path.parent for path in out.glob("*/chunks"))
     if not found:
         raise ConfigError(f"{out}: no images of a run there")
-    wanted = [p for p in found if variant is None or p.name.startswith(_slug_of(variant))]
+    slug = "" if variant is None else _slug_of(variant)
+    wanted = [path for path in found if path.name.rpartition("-")[0] == slug]
+    wanted = wanted or [path for path in found if path.name.startswith(slug)]
     if not wanted:
         names = ", ".join(path.name for path in found)
         raise ConfigError(f"{out}: no variant {variant!r} there (folders: {names})")
@@ -367,7 +371,7 @@ def _shard(text: str | None) -> tuple[int, int]:
     if text is None:
         return 0, 1
     index, slash, shards = text.partition("/")
-    if not (slash and index.isdigit() and shards.isdigit() and int(index) < int(shards)):
+    if not (slash and index.isdecimal() and shards.isdecimal() and int(index) < int(shards)):
         raise ConfigError(f"--shard {text!r}: wanted I/N with I from 0 to N-1, such as 3/16")
     return int(index), int(shards)
 

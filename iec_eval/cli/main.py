@@ -16,6 +16,7 @@ from iec_eval import __version__
 from iec_eval.errors import IecEvalError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -163,10 +164,10 @@ def models(as_json: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--features", default="inception", show_default=True, help="Feature network.")
 @click.option("--weights", help="Weights file of the feature network.")
-@click.option("--pad", default=0, show_default=True, help="Black border in pixels.")
-@click.option("--size", type=int, help="Final side length in pixels.")
+@click.option("--pad", type=NATURAL, default=0, show_default=True, help="Black border in pixels.")
+@click.option("--size", type=POSITIVE, help="Final side length in pixels.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Final number of channels.")
-@click.option("--count", type=int, help="Only the first COUNT images.")
+@click.option("--count", type=POSITIVE, help="Only the first COUNT images.")
 def reference(images: str, out: Path, **options: Any) -> None:
     """Make reference statistics OUT from IMAGES.
 
@@ -193,19 +194,19 @@ def export(out: Path, folder: Path, variant: str | None) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--samples",
-    type=int,
+    type=NATURAL,
     default=5000,
     show_default=True,
     help="Samples to measure the FID of; 0 measures nothing.",
 )
 @click.option("--test", "test_images", help="Held-out images, for accuracy and the FID floor.")
 @click.option("--tag", required=True, help="Names the scores: fid-TAG.")
-@click.option("--steps", type=int, default=10000, show_default=True, help="Denoiser steps.")
-@click.option("--epochs", type=int, default=15, show_default=True, help="Classifier epochs.")
-@click.option("--pad", default=0, show_default=True, help="Black border in pixels.")
-@click.option("--size", type=int, help="Final side length in pixels.")
+@click.option("--steps", type=POSITIVE, default=9000, show_default=True, help="Denoiser steps.")
+@click.option("--epochs", type=POSITIVE, default=15, show_default=True, help="Classifier epochs.")
+@click.option("--pad", type=NATURAL, default=0, show_default=True, help="Black border in pixels.")
+@click.option("--size", type=POSITIVE, help="Final side length in pixels.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Final number of channels.")
-@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--threads", type=POSITIVE, help="CPU threads.")
 def train(images: str, out: Path, **options: Any) -> None:
     """Train a small model on IMAGES into the folder OUT; resumes.
 

@@ -65,9 +65,7 @@ class FolderModel(DiffusionModel):
                 f"model {self.folder}: wanted a UNet2DModel, got {config.get('_class_name')}"
             )
         self.config = config
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (config["in_channels"], height, width)
+        self.shape = _shape(self.folder, config)
         self._read_schedule()
         self._check_labels()
 
@@ -110,15 +108,29 @@ class FolderModel(DiffusionModel):
     def _build(self) -> Any:
         from diffusers import UNet2DModel
 
-        return UNet2DModel.from_config(self.config)
+        try:
+            return UNet2DModel.from_config(self.config)
+        except Exception as error:  # diffusers checks some values, others fail anywhere
+            raise ConfigError(
+                f"model {self.folder}: {NETWORK_CONFIG} describes no UNet2DModel ({error})"
+            ) from error
 
     def _read_schedule(self) -> None:
         from diffusers import DDPMScheduler
 
         config = _read_json(self.folder / SCHEDULER_CONFIG)
-        betas = DDPMScheduler.from_config(config).betas.double()
+        kind = config.get("prediction_type", "epsilon")
+        if kind not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            raise Incompatible(f"model {self.folder}: prediction_type {kind!r}, wanted {known}")
+        try:
+            betas = DDPMScheduler.from_config(config).betas.double()
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model {self.folder}: {SCHEDULER_CONFIG} describes no noise schedule ({error})"
+            ) from error
         self.schedule = NoiseSchedule(torch.cumprod(1 - betas, dim=0))
-        self.prediction = PREDICTIONS[config.get("prediction_type", "epsilon")]
+        self.prediction = PREDICTIONS[kind]
 
     def _check_labels(self) -> None:
         options = self.options
@@ -175,6 +187,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"model: {path} not found; wanted a folder with unet/ and scheduler/")
     try:
-        return dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CorruptFile(f"{path}: wanted a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _shape(folder: Path, config: dict[str, Any]) -> tuple[int, int, int]:
+    """Of a sample, from the network's configuration."""
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    sides = [size, size] if isinstance(size, int) else list(size or [])
+    if not isinstance(channels, int) or len(sides) != 2:
+        raise ConfigError(
+            f"model {folder}: {NETWORK_CONFIG} must say in_channels and sample_size, "
+            f"got {channels!r} and {size!r}"
+        )
+    return channels, sides[0], sides[1]

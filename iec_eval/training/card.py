@@ -8,7 +8,9 @@ from typing import Any
 
 def card_as_text(card: dict[str, Any]) -> str:
     """Markdown: what was trained on what, how, and what it measured."""
-    lines = ["# Data card", "", *_facts(card), "", "## Loss", "", *_loss_table(card)]
+    lines = ["# Data card", "", *_facts(card)]
+    if card["loss_every_100_steps"]:
+        lines += ["", "## Loss", "", *_loss_table(card)]
     return "\n".join(lines) + "\n"
 
 

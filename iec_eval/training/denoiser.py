@@ -32,7 +32,7 @@ class DenoiserRecipe:
     the last fifth of ``steps``, so raising ``steps`` of an unfinished run changes nothing before.
     """
 
-    steps: int = 10000
+    steps: int = 9000
     batch: int = 64
     learning_rate: float = 1.0e-3
     warmup: int = 500
