@@ -74,7 +74,9 @@ def plan_study(study: Study, registry: Registry) -> list[Plan]:
     """
     model = build(registry, "model", study.model, "model")
     identity = model.identity()
-    return [_plan(row, model, identity, registry) for row in study.experiments()]
+    run = study.execution
+    batching = {"batch_size": run.batch_size, "chunk_size": run.chunk_size}
+    return [_plan(row, model, identity, batching, registry) for row in study.experiments()]
 
 
 def plan_metrics(study: Study, registry: Registry, image_shape: Sequence[int]) -> list[Metric]:
@@ -83,6 +85,7 @@ def plan_metrics(study: Study, registry: Registry, image_shape: Sequence[int]) -
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
         metric.prepare(study.images.count)
+        metric.sync_on_compute = False  # one process scores all images, from files
         if metric.network is not None:
             metric.network.check(image_shape)
         metrics.append(metric)
@@ -113,7 +116,11 @@ def assemble_skeleton(plan: Plan) -> Assembly:
 
 
 def _plan(
-    row: Experiment, model: DiffusionModel, identity: Mapping[str, str], registry: Registry
+    row: Experiment,
+    model: DiffusionModel,
+    identity: Mapping[str, str],
+    batching: Mapping[str, int],
+    registry: Registry,
 ) -> Plan:
     sampler = build(registry, "sampler", row.sampler, f"{row.name}: sampler", model.schedule)
     methods = [
@@ -124,7 +131,9 @@ def _plan(
         build(registry, "callback", part, f"{row.name}: callbacks[{i}]")
         for i, part in enumerate(row.callbacks)
     ]
-    plan = Plan(row, model, sampler, methods, callbacks, row.fingerprint(identity))
+    mixed = any(callback.depends_on_batch for callback in callbacks)
+    fingerprint = row.fingerprint(identity, batching if mixed else None)
+    plan = Plan(row, model, sampler, methods, callbacks, fingerprint)
     _check(plan)
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from iec_eval.cost import EvaluationCost
-from iec_eval.errors import CorruptFile, MissingArtifact
+from iec_eval.errors import CorruptFile, IecEvalError, MissingArtifact
 from iec_eval.generation import Job
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import FeatureNetwork, Features
@@ -91,6 +92,13 @@ def score(job: Job, metrics: Sequence[Metric], cost: EvaluationCost, progress: P
         values = evaluate(job, metrics, progress)
     except MissingArtifact as error:
         return row.model_copy(update={"status": "partial", "error": str(error)})
+    except IecEvalError:  # disk and feature network: what all rows share
+        raise
+    except Exception as error:  # one row's failure must not hide the others
+        for metric in metrics:
+            metric.reset()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return row.model_copy(update={"status": "failed", "error": reason})
     measured = {name: Measurement(value=value) for name, value in values.items()}
     return row.model_copy(update={"metrics": measured, "cost": _cost(spent(job), cost)})
 
@@ -143,6 +151,9 @@ def _computed(metric: Metric) -> dict[str, float]:
     """The metric's numbers; it is empty again afterwards."""
     values = metric.compute()
     metric.reset()
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {metric.name!r} gave {name} = {value}")
     return values
 
 

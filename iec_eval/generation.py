@@ -15,9 +15,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -27,7 +29,7 @@ from iec_eval.denoising import Denoiser, denoise
 from iec_eval.errors import CorruptFile, IecEvalError, StorageError
 from iec_eval.noise import Noise
 from iec_eval.progress import Progress
-from iec_eval.storage import Chunk, IndexRange, VariantFolder, missing_ranges
+from iec_eval.storage import Chunk, IndexRange, VariantFolder, missing_ranges, write_text
 from iec_eval.study import ExecutionSpec
 
 
@@ -58,7 +60,9 @@ class Job:
 class GenerationModule(LightningModule):
     """Makes chunks; one network at a time is in memory.
 
-    A variant that fails is recorded in its folder and skipped; the others go on.
+    A variant that fails is recorded in its folder and skipped; the others go on. A process that
+    has to stop skips the rest of its work and meets the others at the end, where all of them
+    learn of it: ``ended`` is then the reason.
     """
 
     def __init__(
@@ -75,13 +79,15 @@ class GenerationModule(LightningModule):
         self._progress, self._shard = progress, shard
         self._current: tuple[int, Assembly] | None = None
         self._failed: set[int] = set()
-        self._stop = False
+        self._group: Any = None
+        self.ended: BaseException | None = None
 
     def predict_dataloader(self) -> DataLoader[Work]:
         """This process's share of what rank zero found missing."""
         found = self._pending() if self.trainer.is_global_zero else []
         work: list[Work] = self.trainer.strategy.broadcast(found)
         mine = work[self.trainer.global_rank :: self.trainer.world_size]
+        self._progress.visible = self._progress.visible and self.trainer.is_global_zero
         self._progress.start(sum(len(item.range) for item in mine))
         return DataLoader(mine, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
@@ -93,23 +99,29 @@ class GenerationModule(LightningModule):
     def on_predict_start(self) -> None:
         # Lightning's own handler only sets a flag that predict never looks at
         signal.signal(signal.SIGTERM, self._request_stop)
+        if torch.distributed.is_initialized():
+            # the default group gives up after minutes, a last chunk may take longer
+            self._group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
 
     def predict_step(self, batch: Work, batch_idx: int) -> None:
-        if batch.plan in self._failed:
+        if self.ended is not None or batch.plan in self._failed:
             return
         job = self._jobs[batch.plan]
         try:
             self._progress.describe(job.plan.experiment.name)
             job.folder.write_chunk(self._make(self._assembly(batch.plan), batch.range))
-        except (StorageError, CorruptFile):  # what all variants share: disk and weights
-            raise
+        except (StorageError, CorruptFile, Terminated) as error:
+            self.ended = error  # all variants share disk, weights and processes
         except Exception as error:  # one variant's failure must not stop the others
             self._failed.add(batch.plan)
             record_failure(job.folder, error)
 
     def on_predict_end(self) -> None:
         self._progress.close()
-        self.trainer.strategy.barrier()
+        if self._group is not None:
+            endings: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(endings, self.ended, self._group)
+            self.ended = next((ending for ending in endings if ending is not None), None)
 
     def _pending(self) -> list[Work]:
         """What is missing, of this shard. Shards own fixed chunks: each looks at another time."""
@@ -146,8 +158,8 @@ class GenerationModule(LightningModule):
         total = len(sampler.timesteps)
 
         def between_steps(done: int) -> None:
-            if self._stop:
-                raise Terminated
+            if self.ended is not None:
+                raise self.ended
             self._progress.advance(len(indices) / total)
 
         callbacks = assembly.plan.callbacks
@@ -155,7 +167,10 @@ class GenerationModule(LightningModule):
         return model.decode(latents).cpu()
 
     def _request_stop(self, signum: int, frame: Any) -> None:
-        self._stop = True
+        self.ended = Terminated()
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None:  # the processes it started, which nobody else tells
+            launcher.kill(signum)  # type: ignore[attr-defined]
 
 
 def generate(
@@ -168,8 +183,9 @@ def generate(
 ) -> bool:
     """Make every missing chunk, on as many processes as ``execution`` says.
 
-    Returns whether this process is rank zero. Raises KeyboardInterrupt or Terminated after an
-    interruption, StorageError if a chunk cannot be written.
+    Returns whether this process is rank zero, which raises Terminated if any was asked to stop,
+    StorageError if a chunk cannot be written and CorruptFile for damaged weights. Every process
+    raises KeyboardInterrupt.
     """
     set_threads(execution)
     callbacks = [callback for job in jobs for callback in job.plan.callbacks]
@@ -188,6 +204,8 @@ def generate(
             use_distributed_sampler=False,
         )
         _predict(trainer, module)
+    if module.ended is not None and trainer.is_global_zero:
+        raise module.ended
     return bool(trainer.is_global_zero)
 
 
@@ -201,8 +219,8 @@ def set_threads(execution: ExecutionSpec) -> None:
 def record_failure(folder: VariantFolder, error: Exception) -> None:
     """Leave the reason in the variant's folder: one line, then where it happened."""
     reason = str(error) if isinstance(error, IecEvalError) else f"{type(error).__name__}: {error}"
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.error_file.write_text(f"{reason.splitlines()[0]}\n\n{traceback.format_exc()}")
+    first_line = (reason.splitlines() or [type(error).__name__])[0]
+    write_text(folder.error_file, f"{first_line}\n\n{traceback.format_exc()}")
 
 
 def _predict(trainer: Trainer, module: GenerationModule) -> None:
@@ -219,12 +237,14 @@ def _as_it_is(item: Work) -> Work:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Without Lightning's hints on workers and hardware, which are not about our users."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,14 +180,15 @@ class VariantFolder:
     def read_chunk(self, part: IndexRange) -> Chunk:
         """Read a chunk back.
 
-        Raises CorruptFile if it is damaged or its indices are not those its name says.
+        Raises CorruptFile if it is damaged or its images are not those its name says.
         """
         path = self.chunks / f"{part.stem}.safetensors"
         tensors, about = read_tensors(path)
         try:
-            if tensors["indices"].tolist() != list(part.indices):
+            images, indices = tensors["images"], tensors["indices"].tolist()
+            if indices != list(part.indices) or len(images) != len(part):
                 raise CorruptFile(f"{path}: holds other images than its name says")
-            return Chunk(part, tensors["images"], **about)
+            return Chunk(part, images, **about)
         except (KeyError, TypeError) as error:
             raise CorruptFile(f"{path}: is not a chunk of images ({error})") from error
 
@@ -203,7 +204,8 @@ class VariantFolder:
                 self.read_chunk(part)
             except CorruptFile:
                 path = self.chunks / f"{part.stem}.safetensors"
-                moved.append(path.rename(path.with_suffix(".corrupt")))
+                with suppress(FileNotFoundError):  # another process was faster
+                    moved.append(path.rename(path.with_suffix(".corrupt")))
         return moved
 
     def features(self, network: str) -> Path:
@@ -223,7 +225,7 @@ class RunFolder:
         Raises StorageError if not.
         """
         write_text(self.path / ".writable", "")
-        (self.path / ".writable").unlink()
+        (self.path / ".writable").unlink(missing_ok=True)  # another process may do the same
 
     def variant(self, name: str, fingerprint: str) -> VariantFolder:
         """The folder of a variant: its name made safe, and its fingerprint's start."""

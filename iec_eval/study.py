@@ -123,10 +123,13 @@ class Experiment(BaseOptions):
     images: ImagesSpec
     calibration: CalibrationSpec
 
-    def fingerprint(self, model_identity: Mapping[str, str]) -> str:
+    def fingerprint(
+        self, model_identity: Mapping[str, str], batching: Mapping[str, int] | None = None
+    ) -> str:
         """Hex digest of what decides an image: not its name, the count or the execution.
 
-        Raising the count of images therefore keeps those already made.
+        Raising the count of images therefore keeps those already made. ``batching`` is given only
+        where a part lets images of a batch depend on each other.
         """
         content = {
             "model": {**self.model, "files": dict(model_identity)},
@@ -136,6 +139,8 @@ class Experiment(BaseOptions):
             "seed": self.images.seed,
             "calibration": self.calibration.model_dump() if self.efficiency else None,
         }
+        if batching is not None:
+            content["batching"] = dict(batching)
         return digest(content)
 
 

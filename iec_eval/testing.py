@@ -460,37 +460,31 @@ class _CallbackCase:
         _check_declaration(self.cls)
 
     def finite(self) -> None:
-        for run in self.runs():
+        def check(run: _Run) -> None:
             _ensure_latents(run.latents([_Guard(self.callback(run))]), self.model)
 
+        self.everywhere(check)
+
     def neutral_options(self) -> None:
-        if self.neutral is None:
-            return
-        for run in self.runs():
-            callback = _build(self.cls, self.neutral)
-            callback.check(run.sampler, run.clock)
-            _ensure_same(
-                run.latents([callback]),
-                run.latents(),
-                f"with {dict(self.neutral)} the result differs from that without a callback",
-            )
+        if self.neutral is not None:
+            self.everywhere(self._check_neutral)
 
     def inputs(self) -> None:
-        for run in self.runs():
+        def check(run: _Run) -> None:
             guard = _Guard(self.callback(run))
             run.latents([guard])
             _ensure(not guard.changed, f"refine() changed {guard.changed} in place")
 
+        self.everywhere(check)
+
     def second_trajectory(self) -> None:
-        for run in self.runs():
-            _ensure_repeats(run, [self.callback(run)])
+        self.everywhere(lambda run: _ensure_repeats(run, [self.callback(run)]))
 
     def batch(self) -> None:
-        for run in self.runs():
-            _ensure_batch_free(run, [self.callback(run)], self.tolerance)
+        self.everywhere(lambda run: _ensure_batch_free(run, [self.callback(run)], self.tolerance))
 
     def cached_network(self) -> None:
-        for run in self.runs():
+        def check(run: _Run) -> None:
             toy = ToyCacher(BaseOptions())
             run.clock.full_steps = frozenset(toy.full_steps(run.clock.total, {}))
             network = toy.apply(run.network, run.clock, {})
@@ -499,17 +493,28 @@ class _CallbackCase:
             _ensure_latents(cached.latents(callbacks), self.model)
             _ensure_repeats(cached, callbacks)
 
+        self.everywhere(check)
+
+    def _check_neutral(self, run: _Run) -> None:
+        callback = _build(self.cls, self.neutral or {})
+        callback.check(run.sampler, run.clock)
+        _ensure_same(
+            run.latents([callback]),
+            run.latents(),
+            f"with {self.neutral} the result differs from that without a callback",
+        )
+
     def callback(self, run: _Run) -> DenoisingCallback:
         callback = _build(self.cls, self.options)
         callback.check(run.sampler, run.clock)
         return callback
 
-    def runs(self) -> Iterator[_Run]:
-        """A fresh run on every sampler; failures say on which."""
+    def everywhere(self, check: Callable[[_Run], None]) -> None:
+        """``check`` a fresh run on every sampler; failures say on which."""
         for sampler in self.samplers:
             clock = Clock(len(sampler.timesteps))
             with _prefix(f"on sampler {sampler.name} {sampler.options.model_dump()}: "):
-                yield _Run(sampler, self.model.load(), clock, self.model)
+                check(_Run(sampler, self.model.load(), clock, self.model))
 
 
 @dataclass
@@ -956,8 +961,8 @@ def _build(cls: type[Any], options: Options, *more: Any) -> Any:
 def _check_declaration(cls: type[Any]) -> None:
     name = getattr(cls, "name", None)
     _ensure(
-        isinstance(name, str) and bool(re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name)),
-        f"name: wanted lower-case letters, digits, and - _ . between them, got {name!r}",
+        isinstance(name, str) and bool(re.fullmatch(r"[a-z0-9][a-z0-9_.+-]*", name)),
+        f"name: wanted lower-case letters, digits, and - _ . + after the first, got {name!r}",
     )
     options = cls.Options
     _ensure(issubclass(options, BaseOptions), f"Options: wanted BaseOptions, got {options!r}")

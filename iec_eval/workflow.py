@@ -63,7 +63,8 @@ class Session:
     @property
     def directions(self) -> dict[str, bool]:
         """Which way is better, for metrics that say so, by result name."""
-        return {metric.name: bool(metric.higher_is_better) for metric in self.metrics}
+        known = [metric for metric in self.metrics if metric.higher_is_better is not None]
+        return {metric.name: bool(metric.higher_is_better) for metric in known}
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,15 @@ def launch(source: str, overrides: Sequence[str], out: Path | None) -> Outcome |
 def generate(source: str, overrides: Sequence[str], out: Path | None, shard: str | None) -> int:
     """Generate what is missing of one shard; the exit status, 1 if a variant failed."""
     session = prepare(source, overrides, out)
-    _generate(session, _shard(shard))
-    return int(any(job.folder.error_file.is_file() for job in session.jobs))
+    leads = _generate(session, _shard(shard))
+    return int(leads and any(job.folder.error_file.is_file() for job in session.jobs))
 
 
 def evaluate(source: str, overrides: Sequence[str], out: Path | None) -> Outcome:
     """Score what is there and write results and report."""
-    return _evaluate(prepare(source, overrides, out))
+    session = prepare(source, overrides, out)
+    _set_aside_corrupt(session)
+    return _evaluate(session)
 
 
 def report(source: str, overrides: Sequence[str], out: Path | None) -> list[Path]:
@@ -264,8 +267,7 @@ def _generate(session: Session, shard: tuple[int, int]) -> bool:
     write_text(session.run.path / "study.yaml", yaml.safe_dump(resolved, sort_keys=False))
     for job in session.jobs:
         job.folder.error_file.unlink(missing_ok=True)
-        for path in job.folder.set_aside_corrupt():
-            print(f"iec-eval: {path}: could not be read, set aside and made again", file=sys.stderr)
+    _set_aside_corrupt(session)
     execution = session.study.execution
     if not any(job.missing(execution.chunk_size) for job in session.jobs):
         return True
@@ -274,6 +276,13 @@ def _generate(session: Session, shard: tuple[int, int]) -> bool:
         return generate_images(session.jobs, execution, session.run, progress=progress, shard=shard)
     finally:
         progress.close()
+
+
+def _set_aside_corrupt(session: Session) -> None:
+    """Out of the way with chunks that cannot be read: they are missing from now on."""
+    for job in session.jobs:
+        for path in job.folder.set_aside_corrupt():
+            print(f"iec-eval: {path}: unreadable, set aside to be made again", file=sys.stderr)
 
 
 def _evaluate(session: Session) -> Outcome:

@@ -59,6 +59,20 @@ def test_finished_run_is_only_read(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_every_epoch_has_its_own_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[Tensor] = []
+
+    def record(images: Tensor, random: torch.Generator) -> Tensor:
+        batches.append(images)
+        return images
+
+    monkeypatch.setattr(classifier, "_shift", record)
+    train(tmp_path)
+    first, second = torch.cat(batches[:4]), torch.cat(batches[4:8])
+    assert first.shape == (64, 1, 8, 8)  # four batches of 16, the ragged rest left out
+    assert not torch.equal(first, second)
+
+
 def test_seed_changes_the_run(tmp_path: Path) -> None:
     other = ClassifierRecipe(**{**RECIPE.__dict__, "seed": 1})
     first, second = train(tmp_path / "a"), train(tmp_path / "b", other)

@@ -176,6 +176,14 @@ def test_shuffle_is_pinned() -> None:
     assert shuffled(range(8), seed=0) == [6, 4, 5, 2, 3, 1, 7, 0]
 
 
+def test_score_does_not_depend_on_the_global_generator() -> None:
+    logits, values = FAKE.logits.double(), set()
+    for seed in range(8):  # bits, not digits: torchmetrics adds up in an order it draws
+        torch.manual_seed(seed)
+        values.add(inception_score(logits))
+    assert len(values) == 1
+
+
 def test_an_image_counted_twice_is_noticed(score: InceptionScore) -> None:
     take_in(score, torch.tensor([0, 1, 1, 2, 3]), 5)
     with pytest.raises(ValueError, match="twice"):

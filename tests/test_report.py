@@ -8,7 +8,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -263,7 +263,8 @@ def test_each_gallery_cell_holds_its_image_enlarged() -> None:
     for column in range(3):
         assert torch.equal(shown(sheet, (1, column), 16, 4), color[column])
     assert (shown(sheet, (1, 3), 16, 4) == 255).all()
-    assert sheet.width == cell_corner(0, 4, (64, 64))[0]
+    assert cell_corner(1, 2, (64, 64)) == (4 + 2 * 68, 4 + (22 + 64 + 8) + 22)
+    assert sheet.size == (4 + 4 * 68, 2 * (22 + 64 + 8))
 
 
 def test_gallery_labels_are_above_their_rows_and_never_cut() -> None:
@@ -299,7 +300,7 @@ def test_a_gallery_needs_rows() -> None:
 
 def test_the_plot_is_the_same_every_time_whatever_the_users_style() -> None:
     first = quality_plot(small())
-    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": "other"}):
+    with mpl.rc_context({"font.size": 30, "lines.linewidth": 9, "xtick.labelsize": 40}):
         assert quality_plot(small()) == first
         assert mpl.rcParams["font.size"] == 30
 
@@ -317,10 +318,16 @@ def test_the_plot_names_its_rows_axes_and_arrows() -> None:
     assert "MACs per image, relative to full precision" in found
     assert "currentColor" in svg
     assert "#010203" not in svg
-    # an arrow more is one path more
-    alone = quality_plot(small().model_copy(update={"variants": small().variants[:2]}))
-    assert alone is not None
-    assert svg.count("currentColor") > alone.count("currentColor")
+    assert svg.startswith("<svg")
+
+
+def test_a_plot_arrow_leads_from_a_row_to_the_same_row_with_a_callback() -> None:
+    rows = (row("Plain", 9.0, 1e8), row("IEC", 8.0, 2e8, callbacks=IEC))
+    joined = quality_plot(toy(*rows))
+    apart = quality_plot(Results(study="toy", images=1000, protocol={}, variants=list(rows)))
+    assert joined is not None
+    assert apart is not None
+    assert joined.count('id="patch_') - apart.count('id="patch_') == 1
 
 
 def test_the_plot_survives_any_name_and_leaves_unfinished_rows_out() -> None:
@@ -330,14 +337,26 @@ def test_the_plot_survives_any_name_and_leaves_unfinished_rows_out() -> None:
     assert "gone" not in svg
 
 
+def label_boxes(svg: str, beginning: str) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of the labels, with letters 5 units wide and 8 high."""
+    form = r'text-anchor: (\w+)[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>(' + beginning + "[^<]*)<"
+    boxes = []
+    for anchor, x, y, text in re.findall(form, svg):
+        width = 5.0 * len(text)
+        left = float(x) - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * width
+        boxes.append((left, float(y) - 8, left + width, float(y)))
+    return boxes
+
+
 def test_plot_labels_do_not_cover_each_other() -> None:
-    rows = [row(f"a long name, number {n}", 9.0 + n / 10, 100.0 + n) for n in range(4)]
-    svg = quality_plot(toy(*rows))
+    crowd = [row(f"long name {n}", 9.0, 100.0 + n / 1000) for n in range(5)]
+    svg = quality_plot(toy(*crowd, row("far away", 20.0, 200.0)))
     assert svg is not None
-    places = re.findall(r'<text [^>]*?(?:x="([\d.]+)" y="([\d.]+)")[^>]*>a long', svg)
-    heights = sorted(float(y) for _, y in places)
-    assert len(heights) == 4
-    assert all(after - before > 9 for before, after in pairwise(heights))
+    boxes = label_boxes(svg, "long")
+    assert len(boxes) == 5
+    for one, other in combinations(boxes, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, (one, other)
 
 
 def test_there_is_no_plot_without_cost_or_quality() -> None:

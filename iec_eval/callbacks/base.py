@@ -30,6 +30,11 @@ class DenoisingCallback(Callback):
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether the options make an image depend on its neighbours in the batch."""
+        return False
+
     def check(self, sampler: Sampler, clock: Clock) -> None:
         """Raise Incompatible or ConfigError if the options do not fit this run.
 

@@ -129,6 +129,10 @@ class IEC(DenoisingCallback):
     breaks_with_clipping = True
     options: IECOptions
 
+    @property
+    def depends_on_batch(self) -> bool:
+        return self.options.tolerance is not None and self.options.tolerance_scope == "batch"
+
     def check(self, sampler: Sampler, clock: Clock) -> None:
         if sampler.clips and not self.options.allow_clipping:
             raise Incompatible(

@@ -144,6 +144,7 @@ def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
     for point in sorted(points, key=lambda point: (point.cost, point.quality)):
         place = (point.cost, point.quality)
         label = axes.annotate(point.name, place, (0, 0), textcoords="offset points", fontsize=10)
+        label.set_in_layout(False)  # or the axes would move once it is placed
         best = min(_PLACES, key=lambda place: _overlap(_move(label, place), taken, frame))
         taken.append(_move(label, best))
 
@@ -153,7 +154,7 @@ _Place = tuple[float, float, str, str]
 # offsets in points and the alignment that goes with each, the best first
 _PLACES: tuple[_Place, ...] = tuple(
     (x, y, side, height)
-    for reach in (1.0, 2.2, 3.4)
+    for reach in (1.0, 2.2, 3.4, 4.6, 5.8)
     for x, y, side, height in (
         (9 * reach, 0.0, "left", "center"),
         (-9 * reach, 0.0, "right", "center"),

@@ -188,7 +188,7 @@ def _train_step(
     _, logits = state.network(images)
     loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
     state.optimizer.step()
     return float(loss.detach())

@@ -7,11 +7,13 @@ import math
 from pydantic import Field
 from torch import Tensor
 
-from iec_eval.api import BaseOptions, Draw, NoiseSchedule, Sampler, State, hookimpl
+from iec_eval.api import BaseOptions, ConfigError, Draw, NoiseSchedule, Sampler, State, hookimpl
 
 
 class DPMSolverOptions(BaseOptions):
-    steps: int = Field(20, ge=1, le=1000, description="number of sampler steps")
+    """Options of DPM-Solver++(2M)."""
+
+    steps: int = Field(20, ge=1, description="number of sampler steps")
 
 
 class DPMSolver(Sampler):
@@ -23,6 +25,8 @@ class DPMSolver(Sampler):
     def __init__(self, options: DPMSolverOptions, schedule: NoiseSchedule) -> None:
         super().__init__(options, schedule)
         n, last = options.steps, len(schedule) - 1
+        if n > last:
+            raise ConfigError(f"{self.name}: {n} steps wanted, this model allows {last} at most")
         self.timesteps = tuple(round(last * (n - i) / n) for i in range(n))
         self._abar = [schedule.abar(t) for t in (*self.timesteps, -1)]
 

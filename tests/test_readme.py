@@ -1,0 +1,75 @@
+"""The README is a contract: what it shows is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from iec_eval.cli.main import cli
+from iec_eval.options import validated
+from iec_eval.plugins import load_registry
+from iec_eval.study import Study, load
+from iec_eval.testing import check_callback
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines() + README.read_text().splitlines()
+    found = {line.strip().split("#")[0].strip() for line in lines}
+    return sorted(line for line in found if line.startswith("iec-eval "))
+
+
+def test_the_readme_shows_commands():
+    assert "iec-eval launch quickstart" in commands()
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command):
+    words = shlex.split(command)[1:]
+    found = cli.commands[words[0]]
+    with pytest.raises(click.exceptions.Exit) if "--help" in words else _nothing():
+        found.make_context(words[0], words[1:])
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return False
+
+
+def test_the_study_is_a_whole_one(tmp_path):
+    (text,) = blocks("yaml")
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    names = [row.name for row in load(str(path)).experiments()]
+    assert names[-1] == "DeepCache N=10 + IEC"
+    assert validated(Study, yaml.safe_load(text), "README").images.count == 5000
+
+
+def test_the_plugin_works_and_keeps_the_contract():
+    (text,) = [block for block in blocks("python") if "hookimpl" in block]
+    assert len([line for line in text.splitlines() if line.strip()]) <= 22
+    scope: dict[str, object] = {"__name__": "my_plugin"}
+    exec(compile(text, "README plugin", "exec"), scope)
+    (callback,) = scope["iec_eval_callbacks"]()  # type: ignore[operator]
+    assert callback.name == "epsilon-scaling"
+    check_callback(callback, {"factor": 1.01}, neutral={"factor": 1.0})
+
+
+def test_every_part_the_readme_names_is_registered():
+    registry = load_registry()
+    assert "unet" in registry.names("model")
+    assert {"deepcache"} <= set(registry.names("efficiency method"))
