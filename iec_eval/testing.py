@@ -425,7 +425,8 @@ class _MethodCase:
         _ensure_batch_free(run, [], self.tolerance, positions=(0, 2))
 
     def method(self) -> EfficiencyMethod:
-        return _build(self.cls, self.options)
+        method: EfficiencyMethod = _build(self.cls, self.options)
+        return method
 
     def applied(
         self,
@@ -505,7 +506,7 @@ class _CallbackCase:
         )
 
     def callback(self, run: _Run) -> DenoisingCallback:
-        callback = _build(self.cls, self.options)
+        callback: DenoisingCallback = _build(self.cls, self.options)
         callback.check(run.sampler, run.clock)
         return callback
 
@@ -696,7 +697,8 @@ class _ModelCase:
         _ensure(identity == self.model().identity(), "identity() differs from time to time")
 
     def model(self) -> DiffusionModel:
-        return _build(self.cls, self.options)
+        model: DiffusionModel = _build(self.cls, self.options)
+        return model
 
 
 class _NeedlessPreviews(DenoisingCallback):
@@ -974,10 +976,9 @@ def _check_declaration(cls: type[Any]) -> None:
 def _builtin_samplers(schedule: NoiseSchedule) -> list[Sampler]:
     from iec_eval.samplers.hooks import iec_eval_samplers
 
-    short = [(cls, {"steps": STEPS}) for cls in iec_eval_samplers()]
+    plain: list[Sampler] = [_build(cls, {"steps": STEPS}, schedule) for cls in iec_eval_samplers()]
     special: list[dict[str, Any]] = [{"spacing": "quad"}, {"eta": 1.0}]
-    more = [(DDIM, {"steps": STEPS, **options}) for options in special]
-    return [_build(cls, options, schedule) for cls, options in [*short, *more]]
+    return plain + [_build(DDIM, {"steps": STEPS, **more}, schedule) for more in special]
 
 
 def _toy_inputs(metric: Any, indices: Tensor) -> Any:
@@ -999,7 +1000,7 @@ def _leaves(network: nn.Module) -> list[nn.Module]:
     return [module for module in modules if module._parameters]
 
 
-def _tiny_unet(seed: int) -> nn.Module:
+def _tiny_unet(seed: int) -> Any:
     from diffusers import UNet2DModel
 
     with torch.random.fork_rng(devices=[]):

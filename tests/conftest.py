@@ -1,0 +1,224 @@
+"""What tests of whole runs share: a toy model on disk, studies of it, the program as it is used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from helpers import unet
+
+from iec_eval.cli.main import cli as program
+
+DEEPCACHE = {"name": "deepcache", "interval": 3, "cut": 2}
+VARIANTS: list[dict[str, Any]] = [
+    {"name": "full precision"},
+    {"name": "cached", "efficiency": [DEEPCACHE]},
+    {"name": "cached + IEC", "extends": "cached", "callbacks": [{"name": "iec"}]},
+]
+
+
+# A callback that writes down what noise it is shown, and may pause or fail as it is told to.
+WITNESS = """
+import hashlib, os, time
+from pydantic import Field
+from iec_eval.api import BaseOptions, DenoisingCallback, hookimpl
+
+class WitnessOptions(BaseOptions):
+    fails: bool = Field(False, description="whether WITNESS_FAILS concerns this row")
+
+class Witness(DenoisingCallback):
+    name = "witness"
+    Options = WitnessOptions
+
+    def refine(self, step, prediction):
+        time.sleep(float(os.environ.get("WITNESS_PAUSE", 0)))
+        if self.options.fails and max(step.images) >= int(os.environ.get("WITNESS_FAILS", 10**9)):
+            raise RuntimeError("the witness was told to fail")
+        if "WITNESS_NOTES" in os.environ:
+            self.note(step)
+        return prediction
+
+    def note(self, step):
+        shown = [step.draw.value] + [step.sample] * (step.index == 0)
+        with open(f"{os.environ['WITNESS_NOTES']}/{os.getpid()}.txt", "a") as notes:
+            for row, image in enumerate(step.images):
+                bits = b"".join(noise[row].numpy().tobytes() for noise in shown)
+                notes.write(f"{image} {step.index} {hashlib.sha256(bits).hexdigest()}\\n")
+
+@hookimpl
+def iec_eval_callbacks():
+    return [Witness]
+"""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A model folder with 8x8 grey images of 4 classes, and everything to score it with."""
+
+    folder: Path
+
+    @property
+    def features(self) -> Path:
+        return self.folder / "features"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference.safetensors"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Metrics that any number of images will do for."""
+        fid = {"name": "fid", "reference": str(self.reference), "allow_biased": True}
+        score = {"name": "is", "splits": 2}
+        return [{**metric, "features": str(self.features)} for metric in (fid, score)]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """Random weights, but a schedule so short that most pixels stay off black and white."""
+    from diffusers import DDPMScheduler
+
+    made = Toy(tmp_path_factory.mktemp("toy"))
+    network = unet(in_channels=1, out_channels=1, num_class_embeds=4)
+    network.conv_out.weight *= 4  # a network that matters
+    network.save_pretrained(made.folder / "unet")
+    DDPMScheduler(100, beta_end=0.005).save_pretrained(made.folder / "scheduler")
+    _write_features(made)
+    return made
+
+
+def _write_features(toy: Toy) -> None:
+    from iec_eval.metrics.features import ClassifierFeatures, ImageClassifier
+    from iec_eval.metrics.statistics import Moments, ReferenceStatistics
+    from iec_eval.training.classifier import save_features
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = ImageClassifier(1, 8, classes=4, width=4)
+        for parameter in classifier.parameters():
+            parameter.data *= 2  # else all images look alike to it
+        save_features(classifier, toy.features, "toy")
+        images = torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8)
+    network = ClassifierFeatures(toy.features)
+    moments = Moments(network.dimensions)
+    moments.update(network.extract(images).features)
+    found = moments.mean, moments.covariance(), moments.count
+    ReferenceStatistics(*found, network.identity()).save(toy.reference)
+
+
+@pytest.fixture(scope="session")
+def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Installs the callback ``witness``, for this process and for real ones."""
+    place = tmp_path_factory.mktemp("site")
+    (place / "witness.py").write_text(WITNESS)
+    about = place / "witness-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: witness\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[iec_eval]\nwitness = witness\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(place)
+        patch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session")
+def write_study(toy: Toy) -> Callable[..., Path]:
+    """``write_study(folder, **changes)`` writes ``folder/study.yaml`` and returns its path.
+
+    It is a study of the toy with three variants; ``changes`` replace whole top-level keys.
+    """
+
+    def write(folder: Path, **changes: Any) -> Path:
+        content = {
+            "study": "toy",
+            "model": {"name": "unet", "path": str(toy.folder)},
+            "sampler": {"name": "ddim", "steps": 5},
+            "images": {"seed": 7, "count": 10},
+            "metrics": toy.metrics(),
+            "variants": VARIANTS,
+            "execution": {"batch_size": 4, "chunk_size": 4, "threads": 1, "accelerator": "cpu"},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "study.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Result]:
+    """``cli(*arguments)`` runs the program in this process; what it does not catch is raised."""
+
+    def call(*arguments: Any) -> Result:
+        result = CliRunner().invoke(program, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+def command(*arguments: Any) -> list[str]:
+    """The command line of a real process."""
+    return [sys.executable, "-m", "iec_eval", *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a real process: one thread, none of the test's ranks."""
+    ranks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in ranks}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run(*arguments, timeout=..., **environment)`` runs ``python -m iec_eval`` to its end."""
+
+    def call(
+        *arguments: Any,
+        timeout: float = 120,
+        preexec_fn: Callable[[], None] | None = None,
+        **more: str,
+    ) -> subprocess.CompletedProcess[str]:
+        with started(*arguments, preexec_fn=preexec_fn, **more) as process:
+            out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return call
+
+
+@contextmanager
+def started(
+    *arguments: Any, preexec_fn: Callable[[], None] | None = None, **more: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A real process in a group of its own; none of the group survives the block."""
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=preexec_fn,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

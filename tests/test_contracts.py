@@ -1,0 +1,939 @@
+"""Every built-in keeps its contract, and every check of a contract is seen to fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import conditional_unet, unet
+from pydantic import ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iec_eval import testing
+from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.callbacks.hooks import iec_eval_callbacks
+from iec_eval.callbacks.iec import IEC
+from iec_eval.clock import Clock
+from iec_eval.denoising import Condition, Step
+from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.deepcache import CachedUNet, DeepCache
+from iec_eval.efficiency.hooks import iec_eval_efficiency_methods
+from iec_eval.embedded import FASHION_MNIST
+from iec_eval.metrics.base import Metric
+from iec_eval.metrics.features import CARD, WEIGHTS, ClassifierFeatures, ImageClassifier
+from iec_eval.metrics.fid import FID
+from iec_eval.metrics.hooks import iec_eval_metrics
+from iec_eval.metrics.inception_score import InceptionScore
+from iec_eval.metrics.statistics import FILE, ReferenceStatistics
+from iec_eval.models.hooks import iec_eval_models
+from iec_eval.models.unet import UNet
+from iec_eval.noise import Draw, Noise
+from iec_eval.options import BaseOptions
+from iec_eval.samplers.base import Sampler, State
+from iec_eval.samplers.ddim import DDIM, DDIMOptions
+from iec_eval.samplers.hooks import iec_eval_samplers
+from iec_eval.schedule import NoiseSchedule
+from iec_eval.testing import (
+    TinyModel,
+    check_callback,
+    check_efficiency_method,
+    check_metric,
+    check_model,
+    check_sampler,
+)
+
+Options = dict[str, Any]
+
+# --- the built-ins ----------------------------------------------------------------------------
+
+SAMPLERS: dict[type[Sampler], list[Options]] = {
+    DDIM: [
+        {"steps": 5},
+        {"steps": 5, "spacing": "quad"},
+        {"steps": 5, "eta": 1.0},
+        {"steps": 5, "eta": 0.5, "clip_sample": True},
+    ]
+}
+METHODS: dict[type[EfficiencyMethod], list[Options]] = {
+    DeepCache: [
+        {"interval": 3, "cut": 1},
+        {"interval": 2, "cut": 2},
+        {"interval": 5, "cut": 4},
+        {"interval": 1, "cut": 3},
+    ]
+}
+CALLBACKS: dict[type[DenoisingCallback], list[Options]] = {
+    IEC: [
+        {"preset": "paper"},
+        {"preset": "heun"},
+        {"preset": "paper", "weights": [0.5, 0.25], "tolerance": 0.5},
+        {"preset": "paper", "where": "all", "refresh_cache": False},
+        {"preset": "paper", "where": {"ends": "1/4"}, "noise": "fresh"},
+    ]
+}
+
+
+def every(table: dict[Any, list[Options]]) -> list[Any]:
+    return [
+        pytest.param(cls, options, id=f"{cls.name} {options}")
+        for cls, cases in table.items()
+        for options in cases
+    ]
+
+
+def test_every_built_in_is_here() -> None:
+    assert set(SAMPLERS) == set(iec_eval_samplers())
+    assert set(METHODS) == set(iec_eval_efficiency_methods())
+    assert set(CALLBACKS) == set(iec_eval_callbacks())
+    assert {FID, InceptionScore} == set(iec_eval_metrics())
+    assert {cls.name for cls in iec_eval_models()} == {"unet", "fashion-mnist"}
+
+
+@pytest.mark.parametrize(("cls", "options"), every(SAMPLERS))
+def test_samplers(cls: type[Sampler], options: Options) -> None:
+    check_sampler(cls, options)
+
+
+@pytest.mark.parametrize(("cls", "options"), every(METHODS))
+def test_efficiency_methods(cls: type[EfficiencyMethod], options: Options) -> None:
+    check_efficiency_method(cls, options)
+
+
+def test_efficiency_method_on_a_given_network() -> None:
+    model = TinyModel(network=unet(sample_size=(8, 12)))
+    assert model.shape == (3, 8, 12)
+    assert not model.condition([0]).inputs
+    check_efficiency_method(DeepCache, {"interval": 3, "cut": 3}, model=model)
+
+
+def test_efficiency_method_on_a_text_network() -> None:
+    options = {"interval": 3, "cut": 2}
+    check_efficiency_method(DeepCache, options, model=TextModel(), skip=["composition"])
+
+
+@pytest.mark.parametrize(("cls", "options"), every(CALLBACKS))
+def test_callbacks(cls: type[DenoisingCallback], options: Options) -> None:
+    check_callback(cls, options, neutral={"weights": []})
+
+
+@pytest.mark.parametrize("preset", ["official_ddim", "official_ldm"])
+def test_the_released_presets_depend_on_the_batch(preset: str) -> None:
+    """As their tolerance is over the batch, which is why they are not the default."""
+    options = {"preset": preset, "tolerance": 0.3}
+    check_callback(IEC, options, neutral={"preset": preset, "weights": []}, skip=["batch"])
+    with pytest.raises(AssertionError, match=r"IEC: batch: .*reduced over the batch"):
+        check_callback(IEC, options)
+
+
+def test_metrics(tmp_path: Path) -> None:
+    save_classifier(tmp_path)
+    check_metric(InceptionScore, {"features": str(tmp_path), "splits": 4})
+    check_metric(FID, {"features": str(tmp_path), "reference": str(tmp_path / FILE)})
+
+
+def save_classifier(folder: Path) -> None:
+    """A feature network with random weights, and statistics of random features."""
+    card = {"tag": "random", "channels": 3, "size": 8, "classes": 10, "width": 4}
+    (folder / CARD).write_text(json.dumps(card))
+    network = ImageClassifier(channels=3, size=8, classes=10, width=4)
+    save_file(network.state_dict(), folder / WEIGHTS)
+    identity = ClassifierFeatures(folder).identity()
+    vectors = Noise(3, range(200), (64,)).initial().double()
+    statistics = ReferenceStatistics(vectors.mean(0), torch.cov(vectors.T), 200, identity)
+    statistics.save(folder / FILE)
+
+
+def test_model_from_a_folder(tmp_path: Path) -> None:
+    save_model(tmp_path / "plain")
+    check_model(UNet, {"path": str(tmp_path / "plain")})
+    save_model(tmp_path / "classes", num_class_embeds=5)
+    options = {"path": str(tmp_path / "classes"), "unconditional_class": 4}
+    check_model(UNet, options)
+    check_model(UNet, {**options, "guidance": 2.0})
+    check_model(UNet, {**options, "label": 3})
+
+
+def save_model(folder: Path, **changes: Any) -> None:
+    from diffusers import DDPMScheduler
+
+    unet(**changes).save_pretrained(folder / "unet")
+    scheduler: Any = DDPMScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+@pytest.mark.skipif(not (FASHION_MNIST / "unet").is_dir(), reason="its weights are not here")
+def test_the_packaged_model() -> None:
+    cls = next(cls for cls in iec_eval_models() if cls.name == "fashion-mnist")
+    check_model(cls)
+    check_model(cls, {"guidance": 2.0})
+
+
+def test_the_tiny_model_and_the_toys() -> None:
+    check_model(TinyModel, {"seed": 3})
+    for toy in testing.TOYS:
+        check_efficiency_method(toy, skip=["composition"])
+
+
+def test_unknown_checks_cannot_be_skipped() -> None:
+    with pytest.raises(ValueError, match=r"unknown .'puritee'.; the checks are declaration,"):
+        check_sampler(DDIM, {"steps": 5}, skip=["puritee"])
+
+
+class TextModel(TinyModel):
+    """A network that is told a text, guided."""
+
+    def __init__(self) -> None:
+        super().__init__(network=conditional_unet())
+
+    def condition(self, images: Sequence[int]) -> Condition:
+        text = {"encoder_hidden_states": Noise(2, images, (5, 12)).initial()}
+        nothing = {"encoder_hidden_states": torch.zeros(len(images), 5, 12)}
+        return Condition(text, nothing, 2.0)
+
+
+# --- broken samplers --------------------------------------------------------------------------
+
+
+class Undescribed(BaseOptions):
+    steps: int = 5
+
+
+class Loose(BaseOptions):
+    model_config = ConfigDict(extra="allow")
+
+
+class Broken(DDIM):
+    """DDIM in five steps, for its subclasses to break."""
+
+    name = "broken"
+    Options = BaseOptions  # type: ignore[assignment]
+
+    def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
+        super().__init__(DDIMOptions(steps=5), schedule)
+
+
+class NamedInCapitals(Broken):
+    name = "DDIM 2"
+
+
+class UndescribedSampler(Broken):
+    Options = Undescribed
+
+
+class LooseSampler(Broken):
+    Options = Loose
+
+
+class PredictsNoise(Broken):
+    predictions = frozenset({"noise"})
+
+
+class NoSteps(Broken):
+    def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
+        super().__init__(options, schedule)
+        self.timesteps = ()
+
+
+class NegativeTimesteps(Broken):
+    def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
+        super().__init__(options, schedule)
+        self.timesteps = (3, -1)
+
+
+class DividesByZero(Broken):
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        return State(super().step(state, index, prediction, draw).sample / 0)
+
+
+class TruncatesTheBatch(Broken):
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        return State(super().step(state, index, prediction, draw).sample[..., :4])
+
+
+class Multistep(Broken):
+    """Keeps the last prediction to itself instead of in the state."""
+
+    last: Tensor | None = None
+
+    def start(self, noise: Tensor) -> State:
+        self.last = None
+        return State(noise)
+
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        mixed = prediction if self.last is None else 1.5 * prediction - 0.5 * self.last
+        self.last = prediction
+        return super().step(state, index, mixed, draw)
+
+
+class InPlace(Broken):
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        state.sample.sub_(0.1 * prediction)
+        return State(state.sample)
+
+
+class RandomInput(Broken):
+    def network_input(self, state: State, index: int, sample: Tensor) -> Tensor:
+        return sample + torch.randn_like(sample)
+
+
+class MutableMemory(Broken):
+    """Its memory is a value, but one that steps change."""
+
+    def start(self, noise: Tensor) -> State:
+        return State(noise, [])
+
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        state.memory.append(prediction)
+        return State(super().step(state, index, prediction, draw).sample, state.memory)
+
+
+class CountsTrajectories(Broken):
+    trajectories = 0
+
+    def start(self, noise: Tensor) -> State:
+        self.trajectories += 1
+        return State(noise * self.trajectories)
+
+
+class OwnRandomness(Broken):
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        sample = super().step(state, index, prediction, draw).sample
+        return State(sample + 0.01 * torch.randn_like(sample))
+
+
+class RandomAtBirth(Broken):
+    def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
+        super().__init__(options, schedule)
+        self.factor = 1 + torch.rand(())
+
+    def start(self, noise: Tensor) -> State:
+        return State(noise * self.factor)
+
+
+class Standardizes(Broken):
+    def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
+        sample = super().step(state, index, prediction, draw).sample
+        return State(sample / sample.std())
+
+
+# --- broken efficiency methods ----------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A network with something done before and after."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        before: Callable[[Tensor], Tensor] = lambda sample: sample,
+        after: Callable[[Tensor], Tensor] = lambda output: output,
+    ) -> None:
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
+        output = self.network(self.before(sample), timestep, **inputs)
+        return self.after(output if isinstance(output, Tensor) else output[0])
+
+
+class BrokenMethod(EfficiencyMethod):
+    """The network as it is, for its subclasses to break."""
+
+    name = "broken"
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return Around(network)
+
+
+class UnknownSlot(BrokenMethod):
+    slot = "cache"  # type: ignore[assignment]
+
+
+class VersionZero(BrokenMethod):
+    version = 0
+
+
+class UndescribedMethod(BrokenMethod):
+    Options = Undescribed
+
+
+class NoParts(BrokenMethod):
+    def parts(self) -> Sequence[EfficiencyMethod]:
+        return []
+
+
+class TwoCachers(BrokenMethod):
+    def parts(self) -> Sequence[EfficiencyMethod]:
+        return [testing.ToyCacher(BaseOptions()), testing.ToyCacher(BaseOptions())]
+
+
+class StartsCached(testing.ToyCacher):
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        return range(1, total, 2)
+
+
+class RunsOver(testing.ToyCacher):
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        return range(0, total + 4, 2)
+
+
+class ChangesItsMind(testing.ToyCacher):
+    asked = 0
+
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        self.asked += 1
+        return range(0, total, self.asked)
+
+
+class GivesNothing(BrokenMethod):
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return Around(network, after=lambda output: output * float("nan"))
+
+
+class KeepsItsResult(BrokenMethod):
+    """Calibrates into itself, not into the artifact."""
+
+    scale = 1.0
+
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        self.scale = 0.5
+        return {}
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return Around(network, after=lambda output: output * self.scale)
+
+
+class ArtifactOfNumbers(BrokenMethod):
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        return {"scale": 0.5}  # type: ignore[dict-item]
+
+
+class ChangesTheArtifact(BrokenMethod):
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        return {"scale": torch.ones(1)}
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        scale = artifact["scale"].mul_(0.5)
+        return Around(network, after=lambda output: output * scale.item())
+
+
+class RandomCalibration(BrokenMethod):
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        return {"scale": torch.rand(1)}
+
+
+class CountsCalls(BrokenMethod):
+    """The index of the step, by counting calls: shifted by extra evaluations."""
+
+    wraps = True
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        calls = 0
+
+        def scale(output: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return output * (1 + 0.1 * (calls % clock.total if self.wraps else calls))
+
+        return Around(network, after=scale)
+
+
+class NeverStops(CountsCalls):
+    wraps = False
+
+
+class AlwaysStores(DeepCache):
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return StoringCache(network, self.options.cut, clock)
+
+
+class StoringCache(CachedUNet):
+    def _remember(self, feature: Tensor) -> None:
+        rows = self._clock.rows
+        kept = self.feature
+        self.feature = (
+            feature if rows is None or kept is None else kept.index_copy(0, rows, feature)
+        )
+
+
+class IgnoresRows(DeepCache):
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return FirstRowsCache(network, self.options.cut, clock)
+
+
+class FirstRowsCache(CachedUNet):
+    def _recall(self) -> Tensor:
+        assert self.feature is not None
+        rows = self._clock.rows
+        return self.feature if rows is None else self.feature[: len(rows)]
+
+
+class RangeOfTheBatch(BrokenMethod):
+    """Rounds to a grid that is as wide as the largest value of the batch."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        def rounded(sample: Tensor) -> Tensor:
+            scale = sample.abs().max() / 7
+            return (sample / scale).round() * scale
+
+        return Around(network, before=rounded)
+
+
+class HidesTheNetwork(BrokenMethod):
+    """What comes after cannot find the layers."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        hidden = [network]
+
+        class Hiding(nn.Module):
+            def forward(self, *args: Any, **inputs: Any) -> Any:
+                return hidden[0](*args, **inputs)
+
+        return Hiding()
+
+
+class KnowsOnlyBareNetworks(BrokenMethod):
+    """Replaces what comes before by the network it remembers."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return TinyModel().load()
+
+
+# --- broken callbacks -------------------------------------------------------------------------
+
+
+class BrokenCallback(DenoisingCallback):
+    """Leaves the prediction as it is, for its subclasses to break."""
+
+    name = "broken"
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction
+
+
+class UndescribedCallback(BrokenCallback):
+    Options = Undescribed
+
+
+class NotFinite(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction / 0
+
+
+class OneForAll(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction.mean(0, keepdim=True)
+
+
+class OtherType(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction.double()
+
+
+class LooksPastTheEnd(BrokenCallback):
+    """Evaluates at the next timestep, which the last step does not have."""
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        later = step.index + 1
+        return prediction if later < step.total else prediction * float("inf")
+
+
+class AlmostNeutral(BrokenCallback):
+    class Options(BaseOptions):
+        strength: float = Field(0.0, description="0 changes nothing, or so it says")
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction + 1e-5 * step.sample
+
+
+class ChangesThePrediction(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction.mul_(0.9)
+
+
+class ChangesTheSample(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        step.sample.mul_(0.9)
+        return prediction
+
+
+class RemembersTrajectories(BrokenCallback):
+    """Accelerates with the last prediction, also with that of another image."""
+
+    last: Tensor | None = None
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        size = 0.0 if self.last is None else float(self.last.norm())
+        self.last = prediction
+        return prediction * (1 + 0.01 * size)
+
+
+class CentresTheBatch(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction - prediction.mean()
+
+
+class WantsFullSteps(BrokenCallback):
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction if step.full else prediction * float("nan")
+
+
+# --- broken metrics ---------------------------------------------------------------------------
+
+
+class Brightness(Metric):
+    """The mean of all pixels."""
+
+    name = "brightness"
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, options: BaseOptions) -> None:
+        super().__init__(options)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), "sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, features: Any, indices: Tensor) -> None:
+        self.total += features.double().mean(dim=(1, 2, 3)).sum()
+        self.count += len(features)
+
+    def compute(self) -> dict[str, float]:
+        return {"brightness": float(self.total / self.count)}
+
+
+class UndescribedMetric(Brightness):
+    Options = Undescribed
+
+
+class TensorResult(Brightness):
+    def compute(self) -> dict[str, float]:
+        return {"brightness": self.total / self.count}  # type: ignore[dict-item]
+
+
+class NoResult(Brightness):
+    def compute(self) -> dict[str, float]:
+        return {}
+
+
+class NotANumber(Brightness):
+    def compute(self) -> dict[str, float]:
+        return {"brightness": float("nan")}
+
+
+class MeanOfMeans(Brightness):
+    def update(self, features: Any, indices: Tensor) -> None:
+        self.total += features.double().mean()
+        self.count += 1
+
+
+class ByArrival(Brightness):
+    """Weighs images by when they came."""
+
+    def update(self, features: Any, indices: Tensor) -> None:
+        for image in features.double():
+            self.count += 1
+            self.total += image.mean() * self.count
+
+
+class NotAState(Brightness):
+    """Keeps its sum where merging and resetting do not look."""
+
+    def __init__(self, options: BaseOptions) -> None:
+        super().__init__(options)
+        self.kept: list[float] = []
+
+    def update(self, features: Any, indices: Tensor) -> None:
+        self.kept += features.double().mean(dim=(1, 2, 3)).tolist()
+
+    def compute(self) -> dict[str, float]:
+        return {"brightness": sum(self.kept) / len(self.kept)}
+
+
+class CountsRanks(Brightness):
+    """Divides by the number of processes, those without images too."""
+
+    ranks: Tensor
+
+    def __init__(self, options: BaseOptions) -> None:
+        super().__init__(options)
+        self.add_state("ranks", torch.ones((), dtype=torch.int64), "sum")
+
+    def compute(self) -> dict[str, float]:
+        return {"brightness": float(self.total / self.count / self.ranks)}
+
+
+# --- broken models ----------------------------------------------------------------------------
+
+
+class FlatShape(TinyModel):
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.shape = (8, 8)  # type: ignore[assignment]
+
+
+class PredictsNothing(TinyModel):
+    prediction = "noise"  # type: ignore[assignment]
+
+
+class RisingSchedule(TinyModel):
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.schedule = NoiseSchedule(self.schedule.alphas_cumprod.flip(0))
+
+
+class SingleSchedule(TinyModel):
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.schedule = NoiseSchedule(self.schedule.alphas_cumprod.float())
+
+
+class LabelsByPosition(TinyModel):
+    def condition(self, images: Sequence[int]) -> Condition:
+        return Condition({"class_labels": torch.arange(len(images)) % 4})
+
+
+class NothingByPosition(TinyModel):
+    def condition(self, images: Sequence[int]) -> Condition:
+        given = super().condition(images)
+        return Condition(given.inputs, {"class_labels": torch.arange(len(images)) % 4}, 2.0)
+
+
+class GuidanceByBatch(TinyModel):
+    def condition(self, images: Sequence[int]) -> Condition:
+        given = super().condition(images)
+        return Condition(given.inputs, given.unconditional, 1.0 + len(images))
+
+
+class RealSkeleton(TinyModel):
+    def skeleton(self) -> nn.Module:
+        return self.load()
+
+
+class OtherSkeleton(TinyModel):
+    def skeleton(self) -> nn.Module:
+        return TinyModel(network=unet()).skeleton()
+
+
+class InTraining(TinyModel):
+    def load(self) -> nn.Module:
+        return super().load().train()
+
+
+class OnMeta(TinyModel):
+    def load(self) -> nn.Module:
+        return super().load().to("meta")
+
+
+class OtherWeights(TinyModel):
+    def load(self) -> nn.Module:
+        network = super().load()
+        network.conv_in.bias.data.normal_()  # type: ignore[union-attr, operator]
+        return network
+
+
+class HalfTheChannels(TinyModel):
+    def load(self) -> nn.Module:
+        return Around(super().load(), after=lambda output: output[:, :1]).eval()
+
+
+class InfiniteOutput(TinyModel):
+    def load(self) -> nn.Module:
+        return Around(super().load(), after=lambda output: output / 0).eval()
+
+
+class DecodesToFloat(TinyModel):
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
+
+class StretchesTheBatch(TinyModel):
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((latents - latents.min()) / (latents.max() - latents.min()) * 255).to(torch.uint8)
+
+
+class NoIdentity(TinyModel):
+    def identity(self) -> dict[str, str]:
+        return {}
+
+
+class NewIdentity(TinyModel):
+    def identity(self) -> dict[str, str]:
+        return {"weights": str(id(self))}
+
+
+# --- every check fails where it should ----------------------------------------------------------
+
+Case = tuple[type[Any], Options, str]
+CACHE = {"interval": 2, "cut": 2}
+BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
+    check_sampler: {
+        "declaration": [
+            (NamedInCapitals, {}, "lower-case letters.*got 'DDIM 2'"),
+            (UndescribedSampler, {}, "steps have no description"),
+            (LooseSampler, {}, "must refuse unknown keys"),
+            (PredictsNoise, {}, "wanted some of epsilon, flow, sample, v, got {'noise'}"),
+            (NoSteps, {}, "timesteps is empty"),
+            (NegativeTimesteps, {}, r"numbers from 0, got \[3, -1\]"),
+        ],
+        "finite": [
+            (DividesByZero, {}, "not finite"),
+            (TruncatesTheBatch, {}, "has shape"),
+        ],
+        "previews": [(Multistep, {}, "needless previews changed the result")],
+        "purity": [
+            (Multistep, {}, "step 4 called again gives another result"),
+            (InPlace, {}, "changed the state or prediction it was given"),
+            (MutableMemory, {}, "step 4"),
+            (RandomInput, {}, "network_input 4 differs"),
+        ],
+        "second trajectory": [
+            (CountsTrajectories, {}, "something is remembered"),
+            (OwnRandomness, {}, "or random beside Noise"),
+        ],
+        "fresh instance": [(RandomAtBirth, {}, "a new instance gives another result")],
+        "batch": [(Standardizes, {}, "reduced over the batch")],
+    },
+    check_efficiency_method: {
+        "declaration": [
+            (UnknownSlot, {}, "wanted 'cacher', 'quantizer' or None, got 'cache'"),
+            (VersionZero, {}, "whole number from 1, got 0"),
+            (UndescribedMethod, {}, "steps have no description"),
+            (NoParts, {}, "is empty"),
+            (TwoCachers, {}, "take one slot twice"),
+        ],
+        "full steps": [
+            (StartsCached, {}, r"step 0 must be full, full_steps gives \[1, 3\]"),
+            (RunsOver, {}, r"gives \[6, 8\], the run has 0..4"),
+            (ChangesItsMind, {}, "other steps when asked again"),
+        ],
+        "finite": [(GivesNothing, {}, "not finite")],
+        "artifact": [
+            (KeepsItsResult, {}, "saved and loaded, gives another result"),
+            (ArtifactOfNumbers, {}, r"\['scale'\] are not tensors"),
+            (ChangesTheArtifact, {}, "artifact"),
+        ],
+        "calibration": [(RandomCalibration, {}, "calibrating again gives another result")],
+        "second trajectory": [(NeverStops, {}, "something is remembered")],
+        "extra evaluations": [
+            (CountsCalls, {}, "count no calls"),
+            (AlwaysStores, CACHE, "mind Clock.store"),
+        ],
+        "rows": [(IgnoresRows, CACHE, "mind Clock.rows")],
+        "batch": [(RangeOfTheBatch, {}, "reduced over the batch")],
+        "composition": [
+            (HidesTheNetwork, {}, "applied before a quantizer: the other method has no effect"),
+            (KnowsOnlyBareNetworks, {}, "applied after a cacher: the other method has no effect"),
+            (RangeOfTheBatch, {}, "applied after a cacher: .*reduced over the batch"),
+            (CountsCalls, {}, "applied after a cacher"),
+        ],
+    },
+    check_callback: {
+        "declaration": [(UndescribedCallback, {}, "steps have no description")],
+        "finite": [
+            (NotFinite, {}, "on sampler ddim.*not finite"),
+            (OneForAll, {}, r"gives torch.float32 \[1, 3, 8, 8\], wanted"),
+            (OtherType, {}, "gives torch.float64"),
+            (LooksPastTheEnd, {}, "not finite"),
+        ],
+        "neutral": [(AlmostNeutral, {}, "differs from that without a callback")],
+        "inputs": [
+            (ChangesThePrediction, {}, "changed the prediction in place"),
+            (ChangesTheSample, {}, "changed step.sample in place"),
+        ],
+        "second trajectory": [(RemembersTrajectories, {}, "something is remembered")],
+        "batch": [(CentresTheBatch, {}, "reduced over the batch")],
+        "cached network": [
+            (WantsFullSteps, {}, "not finite"),
+            (RemembersTrajectories, {}, "something is remembered"),
+        ],
+    },
+    check_metric: {
+        "declaration": [(UndescribedMetric, {}, "steps have no description")],
+        "result": [
+            (TensorResult, {}, "wanted a float"),
+            (NoResult, {}, "gives {}"),
+            (NotANumber, {}, "brightness is nan"),
+        ],
+        "batches": [(MeanOfMeans, {}, "the same images in three batches gives brightness")],
+        "order": [(ByArrival, {}, "the same images in another order")],
+        "merge": [(NotAState, {}, "two parts merged"), (CountsRanks, {}, "two parts merged")],
+        "empty": [(CountsRanks, {}, "merged with one that saw no image")],
+        "reset": [(NotAState, {}, "reset and used again")],
+    },
+    check_model: {
+        "declaration": [
+            (FlatShape, {}, r"wanted \(C, H, W\), got \(8, 8\)"),
+            (PredictsNothing, {}, "got 'noise'"),
+        ],
+        "schedule": [
+            (RisingSchedule, {}, "must fall"),
+            (SingleSchedule, {}, r"wanted float64 \[N\], got torch.float32"),
+        ],
+        "labels": [
+            (LabelsByPosition, {}, "image .* is told something else"),
+            (NothingByPosition, {}, "image .* is told something else"),
+            (GuidanceByBatch, {}, "depends on the batch"),
+        ],
+        "skeleton": [
+            (RealSkeleton, {}, "not on the meta device"),
+            (OtherSkeleton, {}, "differ in"),
+        ],
+        "weights": [
+            (InTraining, {}, "not in eval mode"),
+            (OnMeta, {}, "not on the CPU"),
+            (OtherWeights, {}, "other weights every time"),
+        ],
+        "prediction": [
+            (HalfTheChannels, {}, r"maps \[5, 3, 8, 8\] to \[5, 1, 8, 8\]"),
+            (InfiniteOutput, {}, "not finite"),
+        ],
+        "decode": [
+            (DecodesToFloat, {}, "wanted uint8"),
+            (StretchesTheBatch, {}, "levels in another batch"),
+        ],
+        "identity": [(NoIdentity, {}, "wanted a hash"), (NewIdentity, {}, "from time to time")],
+    },
+}
+GOOD: dict[Callable[..., None], type[Any]] = {
+    check_sampler: Broken,
+    check_efficiency_method: BrokenMethod,
+    check_callback: BrokenCallback,
+    check_metric: Brightness,
+    check_model: TinyModel,
+}
+
+
+def names_of(check: Callable[..., None]) -> list[str]:
+    """Names of the properties, as an error lists them."""
+    with pytest.raises(ValueError, match="the checks are") as caught:
+        check(GOOD[check], skip=["?"])
+    return str(caught.value).partition("the checks are ")[2].split(", ")
+
+
+def cases() -> Iterator[Any]:
+    for check, properties in BROKEN.items():
+        for name, broken in properties.items():
+            for cls, options, message in broken:
+                label = f"{check.__name__}-{name}-{cls.__name__}"
+                yield pytest.param(check, name, cls, options, message, id=label)
+
+
+@pytest.mark.parametrize("check", BROKEN)
+def test_every_property_has_a_class_that_breaks_it(check: Callable[..., None]) -> None:
+    assert list(BROKEN[check]) == names_of(check)
+    check(GOOD[check])
+
+
+@pytest.mark.parametrize(("check", "name", "cls", "options", "message"), cases())
+def test_broken_classes_are_found(
+    check: Callable[..., None], name: str, cls: type[Any], options: Options, message: str
+) -> None:
+    others = [other for other in names_of(check) if other != name]
+    more = {"neutral": {"strength": 0.0}} if name == "neutral" else {}
+    with pytest.raises(AssertionError, match=f"^{cls.__name__}: {name}: .*{message}"):
+        check(cls, options, skip=others, **more)

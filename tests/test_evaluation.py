@@ -1,0 +1,347 @@
+"""Every image is scored once, from features computed once; a study gives the same numbers again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import VARIANTS, Toy
+from torch import Tensor
+
+from iec_eval import workflow
+from iec_eval.evaluation import by_network, evaluate, network_id
+from iec_eval.metrics.base import Metric
+from iec_eval.metrics.features import ClassifierFeatures, Features, ImageClassifier
+from iec_eval.metrics.fid import FID
+from iec_eval.options import BaseOptions
+from iec_eval.progress import Progress
+from iec_eval.training.classifier import save_features
+
+COUNT = 10
+VARIANT_KEYS = {
+    "name",
+    "fingerprint",
+    "control",
+    "simulated",
+    "efficiency",
+    "callbacks",
+    "metrics",
+    "cost",
+    "paper",
+    "status",
+    "error",
+}
+COST_KEYS = {
+    "evaluations_full",
+    "evaluations_cached",
+    "macs_per_image",
+    "relative_macs",
+    "seconds_per_image",
+    "relative_seconds",
+    "weight_bytes",
+}
+SECONDS = ("seconds_per_image", "relative_seconds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A study and its run folder."""
+
+    study: Path
+    out: Path
+    cli: Callable[..., Result]
+
+    def __call__(self, verb: str, *overrides: str) -> Result:
+        changes = [word for override in overrides for word in ("-s", override)]
+        return self.cli(verb, self.study, "-o", self.out, *changes)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.out / "results.json").read_text())
+        return content
+
+    @property
+    def timeless(self) -> dict[str, Any]:
+        """Results without the seconds they took."""
+        results = self.results
+        for row in results["variants"]:
+            row["cost"] = {k: v for k, v in row["cost"].items() if k not in SECONDS}
+        return results
+
+
+@pytest.fixture(scope="module")
+def make_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_study: Callable[..., Path],
+    cli: Callable[..., Result],
+) -> Callable[..., Run]:
+    def make(**changes: Any) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        variants = [{"name": "plain"}, *VARIANTS[1:]]
+        return Run(write_study(folder, variants=variants, **changes), folder / "out", cli)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def launched(make_run: Callable[..., Run]) -> Run:
+    """A finished run with a control and the paper's numbers."""
+    run = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    assert run("launch").exit_code == 0
+    return run
+
+
+# --- the result file ----------------------------------------------------------------------------
+
+
+def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
+    results = launched.results
+    assert results.keys() == {"schema", "study", "images", "protocol", "variants"}
+    assert (results["schema"], results["study"], results["images"]) == (1, "toy", COUNT)
+    assert results["protocol"].keys() == {"fid", "is"}
+    names = [row["name"] for row in results["variants"]]
+    assert names == ["full precision", "plain", "cached", "cached + IEC"]
+    for row in results["variants"]:
+        assert row.keys() == VARIANT_KEYS
+        assert row["cost"].keys() == COST_KEYS
+        assert None not in row["cost"].values()
+        assert row["metrics"].keys() == {"fid-toy", "is-toy", "is-std-toy"}
+        assert row["control"] == (row["name"] == "full precision")
+        assert (row["status"], row["error"], row["simulated"]) == ("done", None, False)
+        for measured in row["metrics"].values():
+            assert measured.keys() == {"value", "ci95", "delta"}
+    assert [row["paper"] for row in results["variants"]] == [None, None, {"fid": 4.5}, None]
+
+
+def test_differences_are_to_the_same_row_without_callbacks(launched: Run) -> None:
+    rows = {row["name"]: row for row in launched.results["variants"]}
+    both, cached = rows["cached + IEC"]["metrics"], rows["cached"]["metrics"]
+    for name, measured in both.items():
+        assert measured["delta"]["versus"] == "cached"
+        assert measured["delta"]["value"] == measured["value"] - cached[name]["value"]
+    assert all(measured["delta"] is None for measured in cached.values())
+
+
+def test_costs_are_the_evaluations_that_were_made(launched: Run) -> None:
+    rows = {row["name"]: row["cost"] for row in launched.results["variants"]}
+    made = {n: (row["evaluations_full"], row["evaluations_cached"]) for n, row in rows.items()}
+    # five steps, 0 and 3 of them full; IEC evaluates once more at each full one
+    assert made == {
+        "full precision": (5, 0),
+        "plain": (5, 0),
+        "cached": (2, 3),
+        "cached + IEC": (4, 3),
+    }
+    assert (
+        rows["full precision"]["relative_macs"] == rows["full precision"]["relative_seconds"] == 1
+    )
+    assert 2 / 5 < rows["cached"]["relative_macs"] < 1
+    assert all(row["seconds_per_image"] > 0 for row in rows.values())
+
+
+def test_the_files_of_a_run_are_there(launched: Run) -> None:
+    wanted = {"study.yaml", "results.json", "table.md", "report.html", "gallery.png"}
+    assert wanted | {"manifest.json"} <= {path.name for path in launched.out.iterdir()}
+    manifest = json.loads((launched.out / "manifest.json").read_text())
+    assert manifest["fingerprints"] == {
+        row["name"]: row["fingerprint"] for row in launched.results["variants"]
+    }
+    assert manifest["protocol"] == launched.results["protocol"]
+
+
+def test_the_same_study_gives_the_same_numbers_in_another_folder(
+    launched: Run, make_run: Callable[..., Run]
+) -> None:
+    again = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    assert again("launch").exit_code == 0
+    assert again.timeless == launched.timeless
+
+
+def test_shards_and_evaluate_equal_launch(
+    launched: Run, make_run: Callable[..., Run], cli: Callable[..., Result]
+) -> None:
+    parts = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    for shard in ("1/2", "0/2"):
+        done = cli("generate", parts.study, "-o", parts.out, "--shard", shard)
+        assert done.exit_code == 0
+    assert parts("evaluate").exit_code == 0
+    assert parts.timeless == launched.timeless
+
+
+# --- once ---------------------------------------------------------------------------------------
+
+
+class Witness(Metric):
+    """Keeps the images it is shown and their indices."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        super().__init__(BaseOptions())
+        self.shown: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, features: Any, indices: Tensor) -> None:
+        self.shown.append((features, indices))
+
+    def compute(self) -> dict[str, float]:
+        return {"witnessed": float(sum(len(indices) for _, indices in self.shown))}
+
+
+@pytest.mark.parametrize("count", [2, 5, 8, COUNT])
+def test_every_index_is_scored_once_in_order_with_its_own_image(launched: Run, count: int) -> None:
+    session = workflow.prepare(str(launched.study), [f"images.count={count}"], launched.out)
+    job, metric = session.jobs[2], Witness()
+    assert evaluate(job, [metric], Progress("", visible=False)) == {"witnessed": count}
+    images, indices = (torch.cat(shown) for shown in zip(*metric.shown, strict=True))
+    assert indices.tolist() == list(range(count))
+    stored = torch.cat([job.folder.read_chunk(part).images for part in job.folder.finished()])
+    assert torch.equal(images, stored[:count])
+
+
+@pytest.fixture
+def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the feature network got."""
+    calls: list[int] = []
+    extract = ClassifierFeatures.extract
+
+    def counted(network: ClassifierFeatures, images: Tensor) -> Features:
+        calls.append(len(images))
+        return extract(network, images)
+
+    monkeypatch.setattr(ClassifierFeatures, "extract", counted)
+    return calls
+
+
+def test_features_are_computed_once_for_all_metrics(
+    make_run: Callable[..., Run], extracted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    assert run("launch").exit_code == 0
+    assert extracted == [4, 4, 2] * 3  # three rows of three chunks; two metrics
+    first = run.results
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("features are there")
+
+    monkeypatch.setattr(ClassifierFeatures, "extract", refuse)
+    monkeypatch.setattr(ClassifierFeatures, "load", refuse)
+    assert run("evaluate").exit_code == 0
+    assert run("launch").exit_code == 0
+    assert run.results == first
+
+
+def test_only_new_images_are_looked_at(make_run: Callable[..., Run], extracted: list[int]) -> None:
+    run = make_run()
+    assert run("launch", "images.count=8").exit_code == 0
+    extracted.clear()
+    assert run("launch").exit_code == 0
+    assert extracted == [2, 2, 2]
+    assert run.results["images"] == COUNT
+
+
+def test_damaged_features_are_computed_again(
+    make_run: Callable[..., Run], extracted: list[int]
+) -> None:
+    run = make_run()
+    assert run("launch").exit_code == 0
+    first = run.results
+    path = next(run.out.glob("cached-iec-*/features/*/000004-000007.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    extracted.clear()
+    assert run("evaluate").exit_code == 0
+    assert extracted == [4]
+    assert run.results == first
+
+
+def test_other_weights_have_other_features(launched: Run, toy: Toy, tmp_path: Path) -> None:
+    (metric, other) = workflow.prepare(str(launched.study), [], launched.out).metrics
+    assert [len(group) for _, group in by_network([metric, other])] == [2]
+    assert metric.network is not None
+    (folder,) = launched.out.glob("cached-iec-*/features/*")
+    assert folder.name == network_id(metric.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        save_features(ImageClassifier(1, 8, classes=4, width=4), tmp_path / "net", "toy")
+    assert network_id(ClassifierFeatures(tmp_path / "net")) != folder.name
+    assert network_id(ClassifierFeatures(toy.features)) == folder.name
+
+
+def test_numbers_do_not_depend_on_how_images_are_cut(
+    launched: Run, make_run: Callable[..., Run]
+) -> None:
+    whole = make_run(controls=["full-precision"])
+    assert whole("launch", "execution.chunk_size=256").exit_code == 0
+    rows = zip(whole.results["variants"], launched.results["variants"], strict=True)
+    for one, other in rows:
+        for name, measured in one["metrics"].items():
+            assert measured["value"] == pytest.approx(other["metrics"][name]["value"], rel=1e-3)
+
+
+# --- not everything is there ----------------------------------------------------------------------
+
+
+def test_incomplete_images_are_a_partial_row(
+    make_run: Callable[..., Run], cli: Callable[..., Result]
+) -> None:
+    run = make_run()
+    assert cli("generate", run.study, "-o", run.out, "--shard", "0/2").exit_code == 0
+    scored = run("evaluate")
+    assert scored.exit_code == 1
+    for row in run.results["variants"]:
+        assert row["status"] == "partial"
+        assert "image 4 of 10 is missing" in row["error"]
+        assert row["metrics"] == {}
+        assert set(row["cost"].values()) == {None}
+    assert "partial" in scored.stdout
+    assert run("launch").exit_code == 0
+
+
+def test_nothing_at_all_is_a_partial_row_too(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    assert run("evaluate").exit_code == 1
+    assert {row["status"] for row in run.results["variants"]} == {"partial"}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (math.nan, "ValueError: metric 'fid' gave fid-toy = nan"),
+        (math.inf, "ValueError: metric 'fid' gave fid-toy = inf"),
+        (ZeroDivisionError("of its own"), "ZeroDivisionError: of its own"),
+    ],
+    ids=["nan", "inf", "raises"],
+)
+def test_a_metric_that_fails_on_one_row_leaves_the_others(
+    launched: Run, monkeypatch: pytest.MonkeyPatch, value: Any, reason: str
+) -> None:
+    right, calls = FID.compute, []
+
+    def compute(metric: FID) -> dict[str, float]:
+        calls.append(metric)
+        if len(calls) != 3:
+            return right(metric)
+        if isinstance(value, Exception):
+            raise value
+        return {"fid-toy": value}
+
+    monkeypatch.setattr(FID, "compute", compute)
+    before = {row["name"]: row["metrics"] for row in launched.results["variants"]}
+    scored = launched("evaluate")
+    assert scored.exit_code == 1
+    assert "Traceback" not in scored.output
+    rows = {row["name"]: row for row in launched.results["variants"]}
+    assert (rows["cached"]["status"], rows["cached"]["error"]) == ("failed", reason)
+    assert rows["cached"]["metrics"] == {}
+    for name in ("full precision", "plain", "cached + IEC"):
+        assert rows[name]["status"] == "done"
+        for metric, measured in rows[name]["metrics"].items():
+            assert measured["value"] == before[name][metric]["value"]
+    monkeypatch.undo()
+    assert launched("evaluate").exit_code == 0

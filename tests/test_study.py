@@ -1,0 +1,304 @@
+"""A study file: what it may say, how rows inherit, and what decides an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from iec_eval.errors import ConfigError, IecEvalError, UnknownName
+from iec_eval.study import INHERITED, Study, digest, load
+
+CACHE = {"name": "deepcache", "interval": 3}
+IEC = {"name": "iec"}
+CONTENT: dict[str, Any] = {
+    "study": "toy",
+    "model": {"name": "unet", "path": "folder"},
+    "sampler": {"name": "ddim", "steps": 10},
+    "images": {"seed": 3, "count": 100},
+    "metrics": [{"name": "fid"}],
+    "variants": [
+        {"name": "plain"},
+        {"name": "cached", "efficiency": [CACHE], "sampler": {"eta": 0.5, "steps": 20}},
+        {"name": "cached + IEC", "extends": "cached", "callbacks": [IEC]},
+    ],
+    "calibration": {"seed": 1, "images": 16},
+    "execution": {"batch_size": 4},
+}
+FILES = {"weights": "0123"}
+
+
+def study(tmp_path: Path, *overrides: str, **changes: Any) -> Study:
+    """The study above with top-level keys replaced (None: left out), read from a file."""
+    content = {key: value for key, value in {**CONTENT, **changes}.items() if value is not None}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return load(str(path), overrides)
+
+
+def fingerprint(read: Study, row: int = 2, files: dict[str, str] = FILES) -> str:
+    return read.experiments()[row].fingerprint(files)
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def test_a_row_inherits_what_it_does_not_say(tmp_path: Path) -> None:
+    plain, cached, both = study(tmp_path).experiments()
+    assert (plain.efficiency, plain.callbacks) == ([], [])
+    assert plain.sampler == {"name": "ddim", "steps": 10}
+    assert cached.sampler == both.sampler == {"name": "ddim", "steps": 20, "eta": 0.5}
+    assert both.efficiency == [CACHE]
+    assert both.callbacks == [IEC]
+    assert cached.callbacks == []
+
+
+def test_an_extension_may_replace_and_empty_what_it_inherits(tmp_path: Path) -> None:
+    more = [
+        {"name": "a", "extends": "cached + IEC", "sampler": {"steps": 5}, "efficiency": []},
+        {"name": "b", "extends": "a", "sampler": {"eta": 0.0}},
+    ]
+    *_, a, b = study(tmp_path, variants=CONTENT["variants"] + more).experiments()
+    assert a.sampler == {"name": "ddim", "steps": 5, "eta": 0.5}
+    assert a.callbacks == [IEC]
+    assert b.sampler == {"name": "ddim", "steps": 5, "eta": 0.0}
+    assert b.efficiency == []
+
+
+def test_every_inheritable_key_is_a_key_of_a_variant() -> None:
+    from iec_eval.study import Variant
+
+    assert set(INHERITED) == set(Variant.model_fields) - {"name", "extends"}
+
+
+def test_controls_come_first(tmp_path: Path) -> None:
+    rows = study(tmp_path, controls=["full-precision", "full-precision+iec"]).experiments()
+    assert [row.name for row in rows][:2] == ["full precision", "full precision + IEC"]
+    assert [row.control for row in rows] == [True, True, False, False, False]
+    assert rows[0].efficiency == rows[1].efficiency == []
+    assert rows[0].callbacks == []
+    assert [part["name"] for part in rows[1].callbacks] == ["iec"]
+
+
+# --- what decides an image --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.path=other",
+        "model.guidance=2.0",
+        "sampler.steps=11",
+        "sampler.spacing=quad",
+        "variants.1.sampler.eta=0.25",
+        "variants.1.efficiency.0.interval=4",
+        "variants.2.callbacks.0.weights=[1.0]",
+        "images.seed=4",
+        "calibration.seed=2",
+        "calibration.images=17",
+    ],
+)
+def test_what_decides_an_image_is_in_the_fingerprint(tmp_path: Path, override: str) -> None:
+    base, changed = study(tmp_path), study(tmp_path, override)
+    rows = range(3) if override.startswith(("model", "images")) else [2]
+    if override == "sampler.steps=11":
+        rows = [0]  # the others have their own steps
+    for row in rows:
+        assert fingerprint(base, row) != fingerprint(changed, row)
+
+
+def test_the_models_files_and_the_order_of_parts_are_in_the_fingerprint(tmp_path: Path) -> None:
+    base = study(tmp_path)
+    assert fingerprint(base) != fingerprint(base, files={"weights": "0124"})
+    assert fingerprint(base) != fingerprint(base, files={"weights": "0123", "config": "9"})
+    parts = [IEC, {"name": "other"}]
+    one = study(tmp_path, variants=[{"name": "x", "callbacks": parts}])
+    other = study(tmp_path, variants=[{"name": "x", "callbacks": parts[::-1]}])
+    assert fingerprint(one, 0) != fingerprint(other, 0)
+    assert len({fingerprint(base, row) for row in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "images.count=200",
+        "study=renamed",
+        "variants.2.name=renamed",
+        "execution.batch_size=1",
+        "execution.chunk_size=1",
+        "execution.devices=2",
+        "execution.threads=3",
+        "execution.accelerator=cpu",
+        "metrics=[{name: is}]",
+        "paper={cached: {fid: 1.0}}",
+        "controls=[]",
+    ],
+)
+def test_what_does_not_decide_an_image_is_not(tmp_path: Path, override: str) -> None:
+    base, changed = study(tmp_path), study(tmp_path, override)
+    for row in range(3):
+        assert fingerprint(base, row) == fingerprint(changed, row)
+
+
+def test_calibration_decides_no_image_of_a_row_without_methods(tmp_path: Path) -> None:
+    changed = study(tmp_path, "calibration.seed=2")
+    assert fingerprint(study(tmp_path), 0) == fingerprint(changed, 0)
+
+
+def test_inherited_and_spelled_out_are_the_same_row(tmp_path: Path) -> None:
+    spelled = {
+        "name": "anything",
+        "sampler": {"steps": 20, "eta": 0.5},
+        "efficiency": [dict(reversed(CACHE.items()))],
+        "callbacks": [IEC],
+    }
+    assert fingerprint(study(tmp_path, variants=[spelled]), 0) == fingerprint(study(tmp_path))
+
+
+def test_digests_ignore_the_order_of_keys_only() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    different = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": [1]}, {"a": None}, {"b": 1}, [], [[]], ""]
+    assert len({digest(value) for value in different}) == len(different)
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+
+def test_overrides_are_typed_as_yaml_and_reach_lists(tmp_path: Path) -> None:
+    read = study(
+        tmp_path,
+        "images.count=7",
+        "execution.devices=2",
+        "variants.1.efficiency.0.interval=5",
+        "variants.0.callbacks=[{name: iec, weights: [0.5, 1.0]}]",
+        "calibration.seed=0x10",
+        "sampler.note=a=b",
+        "execution.threads=null",
+    )
+    assert read.images.count == 7
+    assert read.execution.devices == 2
+    assert read.calibration.seed == 16
+    assert read.variants[1].efficiency == [{"name": "deepcache", "interval": 5}]
+    assert read.variants[0].callbacks == [{"name": "iec", "weights": [0.5, 1.0]}]
+    assert read.sampler["note"] == "a=b"
+    assert read.execution.threads is None
+
+
+def test_overrides_make_keys_that_are_not_there_and_the_last_wins(tmp_path: Path) -> None:
+    read = study(tmp_path, "execution.batch_size=3", "execution.batch_size=5", execution=None)
+    assert read.execution.batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("images.count", "wanted key.path=value"),
+        ("=5", "wanted key.path=value"),
+        ("images.count=[", "not valid YAML"),
+        ("variants.3.name=x", "'3' is not one of 0..2"),
+        ("variants.-1.name=x", "'-1' is not one of 0..2"),
+        ("variants.x.name=y", "'x' is not one of 0..2"),
+        ("study.name=x", "'name' is inside a plain value"),
+        ("study.name.more=x", "'name' is inside a plain value"),
+    ],
+)
+def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        study(tmp_path, override)
+    assert repr(override) in str(caught.value)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"variant": []}, "unknown key 'variant'; did you mean 'variants'?"),
+        ({"images": {"cuont": 5}}, "images.cuont"),
+        ({"execution": {"batch": 5}}, "execution.batch"),
+        ({"variants": [{"name": "x", "callback": []}]}, "variants.0.callback"),
+        ({"images": {"count": "many"}}, "images.count.*'many'"),
+        ({"images": {"count": 0}}, "images.count"),
+        ({"images": {"count": 1.5}}, "images.count"),
+        ({"images": {"seed": -1}}, "images.seed"),
+        ({"images": {"seed": 2**63}}, "images.seed"),
+        ({"execution": {"batch_size": 0}}, "execution.batch_size"),
+        ({"execution": {"chunk_size": True}}, "execution.chunk_size"),
+        ({"execution": {"devices": 0}}, "execution.devices"),
+        ({"execution": {"devices": "two"}}, "execution.devices"),
+        ({"metrics": []}, "metrics"),
+        ({"metrics": None}, "'metrics' is missing"),
+        ({"model": None}, "'model' is missing"),
+        ({"controls": ["full"]}, "controls.0"),
+        ({"variants": [{"name": ""}]}, "variants.0.name"),
+        ({"variants": []}, "nothing to do"),
+    ],
+)
+def test_a_wrong_study_names_the_file_and_the_key(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        study(tmp_path, **changes).experiments()
+    assert "study" in str(caught.value)
+
+
+def test_unknown_variants_are_named_with_the_nearest(tmp_path: Path) -> None:
+    stray = [{"name": "cached"}, {"name": "x", "extends": "cachd"}]
+    with pytest.raises(UnknownName, match="'x' extends: 'cachd'; did you mean 'cached'"):
+        study(tmp_path, variants=stray).experiments()
+    with pytest.raises(UnknownName, match="'cachd'; did you mean 'cached'"):
+        study(tmp_path, paper={"cachd": {"fid": 1.0}}).experiments()
+
+
+def test_a_variant_extends_an_earlier_one_only(tmp_path: Path) -> None:
+    for variants in (
+        [{"name": "x", "extends": "x"}],
+        [{"name": "x", "extends": "y"}, {"name": "y", "extends": "x"}],
+    ):
+        with pytest.raises(UnknownName):
+            study(tmp_path, variants=variants).experiments()
+
+
+def test_names_must_differ_also_from_controls(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two variants are called 'x'"):
+        study(tmp_path, variants=[{"name": "x"}, {"name": "x"}]).experiments()
+    variants = [{"name": "full precision"}]
+    with pytest.raises(ConfigError, match="two variants are called 'full precision'"):
+        study(tmp_path, variants=variants, controls=["full-precision"]).experiments()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a list", "just text", "a: [", "\x00", "!!python/object/apply:os.getcwd []"]
+)
+def test_a_file_that_is_no_study_is_one_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load(str(path))
+
+
+def test_a_file_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load(str(tmp_path / "bad.yaml"))
+
+
+def test_a_missing_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load(str(tmp_path / "none.yaml"))
+    with pytest.raises(UnknownName, match="did you mean 'quickstart'"):
+        load("quickstrat")
+    with pytest.raises(IecEvalError):
+        load(str(tmp_path))
+
+
+def test_the_resolved_study_reads_back_as_itself(tmp_path: Path) -> None:
+    read = study(tmp_path, "images.count=7")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(read.model_dump(mode="json", exclude_defaults=True)))
+    again = load(str(path))
+    assert again == read
+    assert [fingerprint(again, row) for row in range(3)] == [fingerprint(read, r) for r in range(3)]
