@@ -159,7 +159,9 @@ def _check(plan: Plan) -> None:
 
 def _check_fit(plan: Plan, clock: Clock) -> None:
     """Apply the parts to the network without weights, up to the first that must be calibrated."""
-    network = plan.model.skeleton() if plan.methods else None
+    if not plan.methods:
+        return
+    network = plan.model.skeleton()
     for part in plan.parts():
         if type(part).calibrate is not EfficiencyMethod.calibrate:
             return

@@ -170,7 +170,7 @@ class GenerationModule(LightningModule):
         self.ended = Terminated()
         launcher = self.trainer.strategy.launcher
         if launcher is not None:  # the processes it started, which nobody else tells
-            launcher.kill(signum)  # type: ignore[attr-defined]
+            launcher.kill(signum)
 
 
 def generate(

@@ -120,6 +120,12 @@ def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
     assert [row["paper"] for row in results["variants"]] == [None, None, {"fid": 4.5}, None]
 
 
+def test_a_rows_numbers_are_its_own(launched: Run) -> None:
+    control, plain, cached, _ = (row["metrics"] for row in launched.results["variants"])
+    assert control == plain  # the same images, after and before others
+    assert cached["fid-toy"]["value"] != plain["fid-toy"]["value"]
+
+
 def test_differences_are_to_the_same_row_without_callbacks(launched: Run) -> None:
     rows = {row["name"]: row for row in launched.results["variants"]}
     both, cached = rows["cached + IEC"]["metrics"], rows["cached"]["metrics"]

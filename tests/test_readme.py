@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 
@@ -38,16 +37,7 @@ def test_the_readme_shows_commands():
 def test_every_command_parses(command):
     words = shlex.split(command)[1:]
     found = cli.commands[words[0]]
-    with pytest.raises(click.exceptions.Exit) if "--help" in words else _nothing():
-        found.make_context(words[0], words[1:])
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return False
+    found.make_context(words[0], words[1:])
 
 
 def test_the_study_is_a_whole_one(tmp_path):

@@ -49,9 +49,10 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     from iec_eval.training import denoiser
 
     original = denoiser._train_step
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(denoiser, "_train_step", stop_at_five)
+    monkeypatch.setattr(denoiser, "_train_step", stop_at_five)
+    with pytest.raises(Interrupted):
         train_denoiser(images, labels, TINY, tmp_path / "cut", report=quiet, save_every=2)
+    monkeypatch.undo()
     resumed = train_denoiser(images, labels, TINY, tmp_path / "cut", report=quiet, save_every=2)
     for name, value in whole.average.state_dict().items():
         assert torch.equal(value, resumed.average.state_dict()[name]), name

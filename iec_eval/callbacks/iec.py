@@ -197,7 +197,7 @@ class IEC(DenoisingCallback):
         change, size = (target - estimate).flatten(1), estimate.flatten(1)
         if self.options.tolerance_scope == "batch":
             change, size = change.reshape(1, -1), size.reshape(1, -1)
-        residual = torch.linalg.vector_norm(change, dim=1)
+        residual: Tensor = torch.linalg.vector_norm(change, dim=1)
         if self.options.tolerance_mode == "absolute":
             residual = abs(weight) * residual
         else:
