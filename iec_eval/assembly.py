@@ -85,7 +85,6 @@ def plan_metrics(study: Study, registry: Registry, image_shape: Sequence[int]) -
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
         metric.prepare(study.images.count)
-        metric.sync_on_compute = False  # one process scores all images, from files
         if metric.network is not None:
             metric.network.check(image_shape)
         metrics.append(metric)

@@ -296,7 +296,9 @@ def spied_calls(callbacks: list[IEC]) -> list[tuple[int, int, bool, float, list[
 
 
 def test_shares_are_exact() -> None:
-    """0.1 T as a float would be 10.000000000000002 of 100."""
+    """The float 0.1 is a little more than a tenth, which would be a step too many at each end."""
+    assert len(corrected_steps(Ends(ends=0.1), 100, range(100))) == 20
+    assert corrected_steps(Ends(ends=0.3), 10, range(10)) == {0, 1, 2, 7, 8, 9}
     assert corrected_steps(Ends(ends="1/10"), 30, range(30)) == {0, 1, 2, 27, 28, 29}
     assert corrected_steps(Ends(ends="1/3"), 10, range(10)) == {0, 1, 2, 3, 7, 8, 9}
     assert corrected_steps(Ends(ends=1.0), 4, [0, 2]) == {0, 2}
@@ -446,6 +448,7 @@ def test_short_form(short: dict[str, Any], weights: list[float]) -> None:
      ({"relaxation": "half"}, "wanted a number, got 'half'"),
      ({"relaxation_schedule": "linear"}, "constant, geometric_from_half"),
      ({"where": {"ends": "2"}}, "share between 0 and 1"),
+     ({"where": {"ends": float("inf")}}, "fraction such as 1/10"),
      ({"where": {"ends": "a half"}}, "fraction such as 1/10"),
      ({"where": "last"}, "where"), ({"tolerance": -1.0}, "tolerance"),
      ({"tolerence": 0.1}, "did you mean 'tolerance'"), ({"preset": "papers"}, "preset")],

@@ -62,12 +62,17 @@ class Ends(BaseOptions):
     @classmethod
     def _is_share(cls, value: str | float) -> str | float:
         try:
-            share = Fraction(value)
+            share = Fraction(str(value))
         except (ValueError, ZeroDivisionError):
             raise ValueError("wanted a fraction such as 1/10") from None
         if not 0 <= share <= 1:
             raise ValueError("wanted a share between 0 and 1")
         return value
+
+    @property
+    def share(self) -> Fraction:
+        """Exactly as written: 0.1 is one tenth, not the float nearest to it."""
+        return Fraction(str(self.ends))
 
 
 class IECOptions(BaseOptions):
@@ -227,7 +232,7 @@ def corrected_steps(
             raise ConfigError(f"iec: where lists steps {outside}, the run has 0..{total - 1}")
         return frozenset(where)
     if isinstance(where, Ends):
-        reach = Fraction(where.ends) * total
+        reach = where.share * total
         return frozenset(i for i in full_steps if i < reach or i >= total - reach)
     chosen = {"full": full_steps, "all": range(total), "first": [0]}
     return frozenset(chosen[where])

@@ -41,7 +41,8 @@ class Metric(torchmetrics.Metric):
     full_state_update: bool | None = False
 
     def __init__(self, options: BaseOptions) -> None:
-        super().__init__()
+        # one process scores all images, from files: it must not wait for the others
+        super().__init__(sync_on_compute=False)
         self.options = options
 
     @property
