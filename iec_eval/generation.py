@@ -45,6 +45,9 @@ class Work:
     range: IndexRange
 
 
+NO_WORK = Work(-1, IndexRange(0, 0))
+
+
 @dataclass(frozen=True)
 class Job:
     """A plan and the folder its images go to."""
@@ -74,7 +77,6 @@ class GenerationModule(LightningModule):
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._jobs, self._execution, self._store = jobs, execution, store
         self._progress, self._shard = progress, shard
         self._current: tuple[int, Assembly] | None = None
@@ -89,7 +91,9 @@ class GenerationModule(LightningModule):
         mine = work[self.trainer.global_rank :: self.trainer.world_size]
         self._progress.visible = self._progress.visible and self.trainer.is_global_zero
         self._progress.start(sum(len(item.range) for item in mine))
-        return DataLoader(mine, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        # Lightning skips every hook, the meeting too, of a process that has no item at all
+        items = [*mine, NO_WORK]
+        return DataLoader(items, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(
         self, batch: Work, device: torch.device, dataloader_idx: int
@@ -104,7 +108,7 @@ class GenerationModule(LightningModule):
             self._group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
 
     def predict_step(self, batch: Work, batch_idx: int) -> None:
-        if self.ended is not None or batch.plan in self._failed:
+        if batch == NO_WORK or self.ended is not None or batch.plan in self._failed:
             return
         job = self._jobs[batch.plan]
         try:
@@ -210,10 +214,10 @@ def generate(
 
 
 def set_threads(execution: ExecutionSpec) -> None:
-    """CPU threads of this process: as asked, or an equal share of the cores."""
+    """CPU threads of this process: as asked, or torch's choice within its share of the cores."""
     processes = execution.devices if isinstance(execution.devices, int) else 1
     share = max(1, len(os.sched_getaffinity(0)) // processes)
-    torch.set_num_threads(execution.threads or share)
+    torch.set_num_threads(execution.threads or min(torch.get_num_threads(), share))
 
 
 def record_failure(folder: VariantFolder, error: Exception) -> None:
