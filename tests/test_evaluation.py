@@ -290,6 +290,21 @@ def test_numbers_do_not_depend_on_how_images_are_cut(
             assert measured["value"] == pytest.approx(other["metrics"][name]["value"], rel=1e-3)
 
 
+def test_images_beyond_the_count_are_not_scored(make_run: Callable[..., Run]) -> None:
+    some, all_of_them = make_run(), make_run()
+    assert some("launch", "images.count=6").exit_code == 0
+    assert all_of_them("launch").exit_code == 0
+    more = all_of_them.results
+    assert all_of_them("evaluate", "images.count=6").exit_code == 0
+    rows = zip(
+        some.results["variants"], all_of_them.results["variants"], more["variants"], strict=True
+    )
+    for one, other, too_many in rows:
+        for name, measured in one["metrics"].items():
+            assert other["metrics"][name]["value"] == pytest.approx(measured["value"], rel=1e-3)
+            assert too_many["metrics"][name]["value"] != pytest.approx(measured["value"], rel=1e-3)
+
+
 # --- not everything is there ----------------------------------------------------------------------
 
 
