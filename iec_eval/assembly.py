@@ -9,18 +9,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from iec_eval.calibration import ArtifactStore, Bench, next_key, obtain, root_key
+from iec_eval.calibration import (
+    CPU,
+    ArtifactStore,
+    Bench,
+    Draft,
+    draft_key,
+    next_key,
+    obtain,
+    root_key,
+)
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
-from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.metrics.base import Metric
 from iec_eval.models.base import DiffusionModel
 from iec_eval.options import validated
 from iec_eval.plugins import Registry
+from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler
+from iec_eval.storage import RunFolder
 from iec_eval.study import Experiment, Part, Study
 
 
@@ -44,15 +56,17 @@ class Plan:
         """The methods' stages, in order."""
         return [part for method in self.methods for part in method.parts()]
 
-    def full_steps(self, artifacts: Sequence[Artifact]) -> frozenset[int]:
-        """Steps that run the whole network: those every part wants full.
+    def planned_full_steps(self) -> frozenset[int]:
+        """Steps that run the whole network, as far as known before calibration.
 
-        Raises PluginError if a method leaves step 0 out.
+        Their number is right; a schedule that calibration finds may choose others.
+
+        Raises Incompatible if a method leaves step 0 out.
         """
         total = len(self.sampler.timesteps)
         steps = frozenset(range(total))
-        for part, artifact in zip(self.parts(), artifacts, strict=True):
-            steps &= frozenset(part.full_steps(total, artifact))
+        for part in self.parts():
+            steps &= frozenset(part.full_steps(total, {}))
         if 0 not in steps:
             raise Incompatible("an efficiency method leaves out step 0, which must be full")
         return steps
@@ -105,13 +119,78 @@ def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> 
 
 
 def assemble(plan: Plan, store: ArtifactStore | None = None) -> Assembly:
-    """Read the weights, calibrate what is missing, apply the methods in order."""
+    """Read the weights and apply the methods in order.
+
+    Raises MissingArtifact if one of them has not been calibrated yet.
+    """
     return _apply(plan, plan.model.load(), store)
 
 
 def assemble_skeleton(plan: Plan) -> Assembly:
-    """The same on the meta device, for counting; methods must not need calibration."""
-    return _apply(plan, plan.model.skeleton(), None)
+    """The same on the meta device, for counting: nothing is calibrated or looked up."""
+    clock = Clock(len(plan.sampler.timesteps))
+    network = plan.model.skeleton()
+    for part in plan.parts():
+        clock.full_steps &= frozenset(part.full_steps(clock.total, {}))
+        network = part.apply(network, clock, {})
+    return Assembly(plan, network.eval(), clock)
+
+
+def calibrate(
+    plan: Plan,
+    store: ArtifactStore | None,
+    *,
+    device: torch.device = CPU,
+    progress: Progress | None = None,
+) -> Assembly:
+    """Assemble, calibrating what is not in the store, part by part; one process at a time."""
+    return _apply(plan, plan.model.load(), store, Calibrator(device, progress))
+
+
+def artifact_keys(plan: Plan) -> list[tuple[EfficiencyMethod, str]]:
+    """The parts with the keys of their artifacts, in order."""
+    row = plan.experiment
+    key = root_key(
+        {**row.model, "files": plan.model.identity()}, row.sampler, row.calibration.model_dump()
+    )
+    keyed = []
+    for part in plan.parts():
+        key = next_key(key, part)
+        keyed.append((part, key))
+    return keyed
+
+
+def missing_artifacts(plan: Plan, store: RunFolder) -> list[str]:
+    """Names of the parts that are not calibrated yet."""
+    return [
+        part.name
+        for part, key in artifact_keys(plan)
+        if part.needs_calibration and not store.has(key)
+    ]
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Makes the bench of each part."""
+
+    device: torch.device
+    progress: Progress | None
+
+    def bench(
+        self, plan: Plan, network: nn.Module, clock: Clock, key: str, store: ArtifactStore | None
+    ) -> Bench:
+        progress = self.progress or Progress("steps", visible=False)
+        return Bench(
+            network=network.to(self.device).eval(),
+            clock=clock,
+            model=plan.model,
+            sampler=plan.sampler,
+            seed=plan.experiment.calibration.seed,
+            images=plan.experiment.calibration.images,
+            device=self.device,
+            progress=progress,
+            draft=Draft(store, draft_key(key)),
+        )
 
 
 def _plan(
@@ -131,7 +210,8 @@ def _plan(
         for i, part in enumerate(row.callbacks)
     ]
     mixed = any(callback.depends_on_batch for callback in callbacks)
-    fingerprint = row.fingerprint(identity, batching if mixed else None)
+    versions = {part.name: part.version for method in methods for part in method.parts()}
+    fingerprint = row.fingerprint(identity, batching if mixed else None, versions)
     plan = Plan(row, model, sampler, methods, callbacks, fingerprint)
     _check(plan)
     return plan
@@ -147,24 +227,19 @@ def _check(plan: Plan) -> None:
     _check_slots(plan)
     total = len(plan.sampler.timesteps)
     try:
-        clock = Clock(total, plan.full_steps([{} for _ in plan.parts()]))
+        clock = Clock(total, plan.planned_full_steps())
         for callback in plan.callbacks:
             callback.check(plan.sampler, clock)
-        _check_fit(plan, clock)
+        _check_fit(plan)
     except ConfigError as error:
         error.args = (f"{name}: {error}",)
         raise
 
 
-def _check_fit(plan: Plan, clock: Clock) -> None:
-    """Apply the parts to the network without weights, up to the first that must be calibrated."""
-    if not plan.methods:
-        return
-    network = plan.model.skeleton()
-    for part in plan.parts():
-        if type(part).calibrate is not EfficiencyMethod.calibrate:
-            return
-        network = part.apply(network, clock, {})
+def _check_fit(plan: Plan) -> None:
+    """Apply the parts to the network without weights."""
+    if plan.methods:
+        assemble_skeleton(plan)
 
 
 def _check_slots(plan: Plan) -> None:
@@ -180,20 +255,19 @@ def _check_slots(plan: Plan) -> None:
         holders[part.slot] = part.name
 
 
-def _apply(plan: Plan, network: nn.Module, store: ArtifactStore | None) -> Assembly:
-    row, total = plan.experiment, len(plan.sampler.timesteps)
-    key = root_key(
-        {**row.model, "files": plan.model.identity()}, row.sampler, row.calibration.model_dump()
-    )
-    clock, artifacts = Clock(total), list[Artifact]()
-    for part in plan.parts():
-        key = next_key(key, part)
-        bench = Bench(
-            network, clock, plan.model, plan.sampler, row.calibration.seed, row.calibration.images
-        )
+def _apply(
+    plan: Plan,
+    network: nn.Module,
+    store: ArtifactStore | None,
+    calibrator: Calibrator | None = None,
+) -> Assembly:
+    clock = Clock(len(plan.sampler.timesteps))
+    for part, key in artifact_keys(plan):
+        bench = calibrator.bench(plan, network, clock, key, store) if calibrator else None
+        if bench is not None:
+            bench.progress.describe(f"{plan.experiment.name}: calibrating {part.name}")
         artifact = obtain(part, key, bench, store)
-        artifacts.append(artifact)
-        clock.full_steps &= frozenset(part.full_steps(total, artifact))
+        clock.full_steps &= frozenset(part.full_steps(clock.total, artifact))
         network = part.apply(network, clock, artifact)
     clock.reset()
     return Assembly(plan, network.eval(), clock)

@@ -31,6 +31,8 @@ class Clock:
         store: whether a full evaluation may replace what a cache holds.
         rows: positions in the network's batch that this evaluation covers, None for all of them.
         batch: rows of the network's whole batch (twice the images under guidance).
+        steps: ``[batch]``, the step of each row, where one evaluation covers several steps (only
+            calibration does so); None: all rows are at ``step``.
         evaluations: the count so far.
     """
 
@@ -43,6 +45,7 @@ class Clock:
         self.store = True
         self.rows: Tensor | None = None
         self.batch = 0
+        self.steps: Tensor | None = None
         self.evaluations = Evaluations()
 
     def reset(self) -> None:
@@ -52,3 +55,15 @@ class Clock:
     def is_full(self, step: int) -> bool:
         """Whether the evaluations of ``step`` run the whole network."""
         return step in self.full_steps
+
+    def at(self, table: Tensor, like: Tensor) -> Tensor:
+        """The entries of ``table [total, ...]`` that hold now, shaped to act on ``like [b, ...]``.
+
+        ``[1, ..., 1, 1]``; or ``[b, ..., 1, 1]`` where the rows are at different steps. ``b`` may
+        be a multiple of the rows (attention heads, say), those of a row standing together.
+        """
+        if self.steps is None:
+            entries = table[self.step].unsqueeze(0)
+        else:
+            entries = table[self.steps].repeat_interleave(len(like) // len(self.steps), dim=0)
+        return entries.reshape(*entries.shape, *[1] * (like.dim() - entries.dim()))

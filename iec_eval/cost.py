@@ -48,7 +48,7 @@ def expected_evaluations(plan: Plan) -> Evaluations:
     A tolerance may stop corrections earlier than here, so it is an upper bound for K > 1.
     """
     total = len(plan.sampler.timesteps)
-    clock = Clock(total, plan.full_steps([{} for _ in plan.parts()]))
+    clock = Clock(total, plan.planned_full_steps())
     denoiser = Denoiser(_StandIn(), Condition(), clock)
     denoise(plan.sampler, denoiser, Noise(0, [0], plan.model.shape), plan.callbacks)
     return clock.evaluations

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -133,6 +135,7 @@ class GenerationModule(LightningModule):
         return [
             Work(number, part)
             for number, job in enumerate(self._jobs)
+            if not job.folder.error_file.is_file()  # its calibration has failed
             for part in job.missing(size)
             if part.start // size % shards == index
         ]
@@ -215,9 +218,34 @@ def generate(
 
 def set_threads(execution: ExecutionSpec) -> None:
     """CPU threads of this process: as asked, or torch's choice within its share of the cores."""
-    processes = execution.devices if isinstance(execution.devices, int) else 1
-    share = max(1, len(os.sched_getaffinity(0)) // processes)
+    share = max(1, len(os.sched_getaffinity(0)) // _processes(execution))
     torch.set_num_threads(execution.threads or min(torch.get_num_threads(), share))
+
+
+def use_all_threads(execution: ExecutionSpec) -> None:
+    """The threads of all processes of this machine for the one that works alone."""
+    if execution.threads is not None:
+        torch.set_num_threads(execution.threads * _processes(execution))
+
+
+def _processes(execution: ExecutionSpec) -> int:
+    return execution.devices if isinstance(execution.devices, int) else 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of those that work together, as Lightning sees it."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def calibration_device(execution: ExecutionSpec) -> torch.device:
+    """The one device that calibration runs on: the first that generation would use."""
+    return Fabric(accelerator=execution.accelerator, devices=1, num_nodes=1).device
+
+
+def launched_in_parallel() -> bool:
+    """Whether something else (srun, torchrun) started this process as one of several."""
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+    return max(int(tasks), int(os.environ.get("WORLD_SIZE", "1"))) > 1
 
 
 def record_failure(folder: VariantFolder, error: Exception) -> None:

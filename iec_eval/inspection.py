@@ -8,16 +8,18 @@ from typing import Any
 
 import yaml
 
+from iec_eval.assembly import artifact_keys
 from iec_eval.cost import evaluation_cost, expected_evaluations
 from iec_eval.generation import Job
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
+from iec_eval.storage import RunFolder
 from iec_eval.study import Study
 
 
-def study_rows(jobs: Sequence[Job], study: Study) -> list[dict[str, Any]]:
+def study_rows(jobs: Sequence[Job], study: Study, run: RunFolder) -> list[dict[str, Any]]:
     """What each row would do, need and still lacks."""
-    return [_row(job, study) for job in jobs]
+    return [_row(job, study, run) for job in jobs]
 
 
 def study_as_text(study: Study, rows: Sequence[dict[str, Any]]) -> str:
@@ -59,7 +61,25 @@ def part_as_text(part: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(job: Job, study: Study) -> dict[str, Any]:
+def calibration_as_text(job: Job, run: RunFolder) -> str:
+    """A line per row: which of its parts are calibrated, or why not."""
+    name = job.plan.experiment.name
+    if job.folder.error_file.is_file():
+        return f"{name}: failed, {job.folder.error_file.read_text().splitlines()[0]}"
+    states = [f"{a['part']} {a['artifact'][:8]} {a['state']}" for a in _artifacts(job, run)]
+    return f"{name}: {', '.join(states) or 'nothing to calibrate'}"
+
+
+def _artifacts(job: Job, run: RunFolder) -> list[dict[str, str]]:
+    """What calibration makes for this row, and whether it is there."""
+    return [
+        {"part": part.name, "artifact": key[:32], "state": "ready" if run.has(key) else "missing"}
+        for part, key in artifact_keys(job.plan)
+        if part.needs_calibration
+    ]
+
+
+def _row(job: Job, study: Study, run: RunFolder) -> dict[str, Any]:
     cost, expected = evaluation_cost(job.plan), expected_evaluations(job.plan)
     channels, height, width = job.plan.model.image_shape
     count = study.images.count
@@ -68,6 +88,8 @@ def _row(job: Job, study: Study) -> dict[str, Any]:
         "fingerprint": job.plan.fingerprint,
         "control": job.plan.experiment.control,
         "parts": [part.name for part in job.plan.parts()],
+        "artifacts": _artifacts(job, run),
+        "simulated": job.plan.simulated,
         "callbacks": [callback.name for callback in job.plan.callbacks],
         "steps": len(job.plan.sampler.timesteps),
         "evaluations_full": expected.full,
@@ -81,11 +103,13 @@ def _row(job: Job, study: Study) -> dict[str, Any]:
 
 
 def _row_as_text(row: dict[str, Any]) -> str:
+    waiting = [artifact["part"] for artifact in row["artifacts"] if artifact["state"] == "missing"]
+    calibration = f"; to calibrate: {', '.join(waiting)}" if waiting else ""
     return (
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
-        f"images missing, {quantity(row['disk_bytes'], 'B')} on disk"
+        f"images missing, {quantity(row['disk_bytes'], 'B')} on disk{calibration}"
     )
 
 

@@ -21,10 +21,12 @@ class Progress:
 
     def start(self, total: int) -> None:
         """Begin counting to ``total``; nothing is shown if there is nothing to do."""
+        self.close()
         self._total, self._done = total, 0.0
         self._began = self._told = time.monotonic()
         if self.visible and total and sys.stderr.isatty():
             self._bar = _bar(total, self.unit)
+            self._bar.set_description_str(self._label)
 
     def describe(self, label: str) -> None:
         """Say what is being worked on."""

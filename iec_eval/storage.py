@@ -92,6 +92,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CorruptFile(f"{path}: cannot be read ({error})") from error
 
 
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of named tensors: names, types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
@@ -233,20 +243,31 @@ class RunFolder:
         return VariantFolder(self.path / f"{slug}-{fingerprint[:8]}")
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The artifact under ``key``; a damaged one is removed and counts as missing."""
+        """The artifact under ``key``; a damaged or foreign one is removed and missing."""
         path = self._artifact(key)
         if not path.is_file():
             return None
-        try:
-            return read_tensors(path)[0]
-        except CorruptFile:
-            path.unlink()
-            return None
+        with suppress(CorruptFile):
+            tensors, about = read_tensors(path)
+            if about == {"key": key, "content": content_digest(tensors)}:
+                return tensors
+        path.unlink(missing_ok=True)
+        return None
 
     def save(self, key: str, artifact: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
         """Keep an artifact with a description of what it is."""
-        write_tensors(self._artifact(key), artifact)
-        write_json(self._artifact(key).with_suffix(".json"), dict(about))
+        seal = {"key": key, "content": content_digest(artifact)}
+        write_tensors(self._artifact(key), artifact, seal)
+        write_json(self._artifact(key).with_suffix(".json"), {**about, **seal})
+
+    def discard(self, key: str) -> None:
+        """Remove an artifact, if it is there."""
+        self._artifact(key).unlink(missing_ok=True)
+        self._artifact(key).with_suffix(".json").unlink(missing_ok=True)
+
+    def has(self, key: str) -> bool:
+        """Whether the artifact is there and whole."""
+        return self.load(key) is not None
 
     def _artifact(self, key: str) -> Path:
         return self.path / "artifacts" / f"{key[:32]}.safetensors"

@@ -124,12 +124,16 @@ class Experiment(BaseOptions):
     calibration: CalibrationSpec
 
     def fingerprint(
-        self, model_identity: Mapping[str, str], batching: Mapping[str, int] | None = None
+        self,
+        model_identity: Mapping[str, str],
+        batching: Mapping[str, int] | None = None,
+        versions: Mapping[str, int] | None = None,
     ) -> str:
         """Hex digest of what decides an image: not its name, the count or the execution.
 
         Raising the count of images therefore keeps those already made. ``batching`` is given only
-        where a part lets images of a batch depend on each other.
+        where a part lets images of a batch depend on each other; ``versions`` are those of the
+        efficiency methods.
         """
         content = {
             "model": {**self.model, "files": dict(model_identity)},
@@ -141,6 +145,8 @@ class Experiment(BaseOptions):
         }
         if batching is not None:
             content["batching"] = dict(batching)
+        if versions:
+            content["versions"] = dict(versions)
         return digest(content)
 
 

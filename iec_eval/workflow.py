@@ -15,11 +15,19 @@ from PIL import Image
 
 from iec_eval import inspection, provenance
 from iec_eval import study as studies
-from iec_eval.assembly import Plan, plan_metrics, plan_study
+from iec_eval.assembly import Plan, missing_artifacts, plan_metrics, plan_study
+from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.cost import EvaluationCost, evaluation_cost
-from iec_eval.errors import ConfigError, MissingArtifact
+from iec_eval.errors import ConfigError, CorruptFile, MissingArtifact, StorageError
 from iec_eval.evaluation import covering, protocol, score
-from iec_eval.generation import Job
+from iec_eval.generation import (
+    Job,
+    calibration_device,
+    is_rank_zero,
+    launched_in_parallel,
+    record_failure,
+    use_all_threads,
+)
 from iec_eval.generation import generate as generate_images
 from iec_eval.images import ImagePreparation, Subset, open_images
 from iec_eval.metrics.base import Metric
@@ -105,6 +113,16 @@ def generate(source: str, overrides: Sequence[str], out: Path | None, shard: str
     return int(leads and any(job.folder.error_file.is_file() for job in session.jobs))
 
 
+def calibrate(source: str, overrides: Sequence[str], out: Path | None) -> Outcome:
+    """Calibrate what is not calibrated yet, in this one process; says what there is."""
+    session = prepare(source, overrides, out)
+    _open_run(session)
+    _calibrate(session, session.jobs)
+    failed = [job for job in session.jobs if job.folder.error_file.is_file()]
+    rows = [inspection.calibration_as_text(job, session.run) for job in session.jobs]
+    return Outcome("\n".join(rows), not failed)
+
+
 def evaluate(source: str, overrides: Sequence[str], out: Path | None) -> Outcome:
     """Score what is there and write results and report."""
     session = prepare(source, overrides, out)
@@ -127,7 +145,7 @@ def table(folders: Sequence[Path], form: str) -> str:
 def show(source: str, overrides: Sequence[str], out: Path | None, *, as_json: bool) -> str:
     """What a study would do and cost; no weights are read."""
     session = prepare(source, overrides, out)
-    rows = inspection.study_rows(session.jobs, session.study)
+    rows = inspection.study_rows(session.jobs, session.study, session.run)
     if not as_json:
         return inspection.study_as_text(session.study, rows)
     config = session.study.model_dump(mode="json", exclude_defaults=True)
@@ -260,17 +278,44 @@ def _measure_model(
     }
 
 
-def _generate(session: Session, shard: tuple[int, int]) -> bool:
-    """Make missing images; whether this process is rank zero."""
+def _open_run(session: Session) -> None:
+    """Make the run folder ready to be written to."""
     session.run.open()
     resolved = session.study.model_dump(mode="json", exclude_defaults=True)
     write_text(session.run.path / "study.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    for job in session.jobs:
-        job.folder.error_file.unlink(missing_ok=True)
+    if is_rank_zero():  # other ranks may start late
+        for job in session.jobs:
+            job.folder.error_file.unlink(missing_ok=True)
+
+
+def _calibrate(session: Session, jobs: Sequence[Job]) -> None:
+    """Calibrate what is not yet; a variant whose calibration fails is recorded and left out."""
+    use_all_threads(session.study.execution)
+    device = calibration_device(session.study.execution)
+    progress = Progress("steps")
+    for job in jobs:
+        if not missing_artifacts(job.plan, session.run):
+            continue
+        try:
+            calibrate_plan(job.plan, session.run, device=device, progress=progress)
+        except (StorageError, CorruptFile):
+            raise  # all variants share disk and weights
+        except Exception as error:  # one variant's failure must not stop the others
+            record_failure(job.folder, error)
+        finally:
+            progress.close()
+
+
+def _generate(session: Session, shard: tuple[int, int]) -> bool:
+    """Make missing images; whether this process is rank zero."""
+    _open_run(session)
     _set_aside_corrupt(session)
     execution = session.study.execution
-    if not any(job.missing(execution.chunk_size) for job in session.jobs):
+    unfinished = [job for job in session.jobs if job.missing(execution.chunk_size)]
+    if not unfinished:
         return True
+    if is_rank_zero() and shard[1] == 1 and not launched_in_parallel():
+        _calibrate(session, unfinished)
     progress = Progress("images")
     try:
         return generate_images(session.jobs, execution, session.run, progress=progress, shard=shard)

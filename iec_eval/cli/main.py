@@ -77,10 +77,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @cli.command()
 @study_options
 def launch(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Do everything that is missing: generate, evaluate, report."""
+    """Do everything that is missing: calibrate, generate, evaluate, report."""
     from iec_eval import workflow
 
     _finish(workflow.launch(study, overrides, out))
+
+
+@cli.command()
+@study_options
+def calibrate(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Calibrate the methods that need it and are not calibrated yet."""
+    from iec_eval import workflow
+
+    _finish(workflow.calibrate(study, overrides, out))
 
 
 @cli.command()

@@ -21,6 +21,10 @@ Artifact = Mapping[str, Tensor]
 class EfficiencyMethod(ABC):
     """Replaces a network by a cheaper one.
 
+    What a method would cost is shown before it is calibrated: with an empty artifact and the
+    network on the meta device, ``apply`` gives a network of the same structure, and
+    ``full_steps`` as many steps, as after calibration. No other number is read from it.
+
     Attributes:
         name: what studies call it.
         version: raise it when the same options would give other numbers than before.
@@ -41,10 +45,15 @@ class EfficiencyMethod(ABC):
         """The stages, in order; a composite returns its own, a plain method itself."""
         return [self]
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`calibrate` must run before :meth:`apply`, with these options."""
+        return type(self).calibrate is not EfficiencyMethod.calibrate
+
     def calibrate(self, bench: Bench) -> dict[str, Tensor]:
         """Measure what :meth:`apply` needs, on the network with the earlier parts applied.
 
-        Returns named tensors, which are saved; nothing for a method that needs none.
+        Returns named tensors, which are saved. The bench's network is left as it was.
         """
         return {}
 
