@@ -144,6 +144,35 @@ class UNetWalk:
             raise Incompatible("caching cannot walk a U-Net with FreeU enabled; disable it")
 
 
+def find_unet(network: nn.Module) -> nn.Module | None:
+    """The diffusers U-Net that ``network`` is or wraps, if any."""
+    kinds = (UNet2DModel, UNet2DConditionModel)
+    return next((module for module in network.modules() if isinstance(module, kinds)), None)
+
+
+def skip_splits(network: nn.Module) -> dict[str, int]:
+    """Layers over [hidden, skip] with the number of hidden channels, by the layer's name.
+
+    These are the first convolution and the shortcut of every decoder resnet. Empty for a network
+    that is not a U-Net; raises Incompatible for a U-Net that cannot be walked.
+    """
+    if not isinstance(network, UNet2DModel | UNet2DConditionModel):
+        return {}
+    walk, splits = UNetWalk(network), dict[str, int]()
+    names = {module: name for name, module in network.named_modules()}
+    skips = [walk.unet.conv_in.out_channels, *map(_channels, walk.encoder)]
+    for unit, skip in zip(walk.decoder, reversed(skips), strict=True):
+        resnet = cast(Any, unit.resnet)
+        for layer in ("conv1", "conv_shortcut"):
+            if getattr(resnet, layer, None) is not None:
+                splits[f"{names[resnet]}.{layer}"] = resnet.in_channels - skip
+    return splits
+
+
+def _channels(unit: EncoderUnit) -> int:
+    return cast(int, cast(Any, unit.layer).out_channels)
+
+
 def _encoder_units(block: nn.Module) -> list[EncoderUnit]:
     resnets, attentions = _resnets_and_attentions(block)
     units = [EncoderUnit(r, a) for r, a in zip(resnets, attentions, strict=True)]
