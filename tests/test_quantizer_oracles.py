@@ -178,7 +178,7 @@ def test_calibration_in_double_precision(run: str) -> None:
         own = grid.scale != grid.scale[0]
         codes = (found.zero_point - grid.zero_point.round()).abs()
         exact += ((away < 1e-6) & (codes == 0))[own].tolist()
-    assert sum(exact) > 0.95 * len(exact)
+    assert sum(exact) > {"W8A8_N1": 0.95, "W8A8_N4": 0.75}[run] * len(exact)
 
 
 @pytest.mark.parametrize("run", ["W8A8_N1", "W4A8_N1"])

@@ -355,7 +355,7 @@ def _as_tokens(hidden: Tensor) -> Tensor:
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    split: Tensor = x.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
+    split: Tensor = x.unflatten(-1, (heads, -1))
     return split.transpose(1, 2)
 
 
