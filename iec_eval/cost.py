@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +16,38 @@ from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.noise import Noise
 
+FULL_BITS = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates, and their bit operations: each counts the product of its bits."""
+
+    macs: int = 0
+    bit_operations: int = 0
+
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """Multiply-accumulates of one evaluation for one image, and the bytes of all weights.
+    """Work of one evaluation for one image, and the bytes of all weights.
 
     Convolutions, linear layers and attention products count, as torch's flop counter sees them;
-    a guided evaluation is counted with both its halves.
+    a guided evaluation is counted with both its halves. Weights count at the bits a module
+    declares for them, with the scales they need.
     """
 
-    macs_full: int
-    macs_cached: int
+    full: Work
+    cached: Work
     weight_bytes: int
 
     def macs(self, evaluations_full: float, evaluations_cached: float) -> float:
         """Multiply-accumulates of that many evaluations."""
-        return self.macs_full * evaluations_full + self.macs_cached * evaluations_cached
+        return self.full.macs * evaluations_full + self.cached.macs * evaluations_cached
+
+    def bit_operations(self, evaluations_full: float, evaluations_cached: float) -> float:
+        """Bit operations of that many evaluations; 1024 a MAC where nothing is quantized."""
+        full, cached = self.full.bit_operations, self.cached.bit_operations
+        return full * evaluations_full + cached * evaluations_cached
 
 
 def evaluation_cost(plan: Plan) -> EvaluationCost:
@@ -36,10 +55,18 @@ def evaluation_cost(plan: Plan) -> EvaluationCost:
     assembly = assemble_skeleton(plan)
     full = _count(assembly, full=True)
     some_cached = len(assembly.clock.full_steps) < assembly.clock.total
-    cached = _count(assembly, full=False) if some_cached else 0
-    tensors = [*assembly.network.parameters(), *assembly.network.buffers()]
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return EvaluationCost(full, cached, weight_bytes)
+    cached = _count(assembly, full=False) if some_cached else Work()
+    return EvaluationCost(full, cached, stored_bytes(assembly.network))
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a network's tensors, at the bits its modules declare."""
+    declared: int | None = getattr(module, "stored_bytes", None)
+    if declared is not None:
+        return declared
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    inner = sum(stored_bytes(child) for child in module.children())
+    return inner + sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def expected_evaluations(plan: Plan) -> Evaluations:
@@ -61,12 +88,42 @@ class _StandIn(nn.Module):
         return torch.tanh(3 * sample)
 
 
-def _count(assembly: Assembly, *, full: bool) -> int:
+def _count(assembly: Assembly, *, full: bool) -> Work:
     model, clock = assembly.plan.model, assembly.clock
     condition = model.condition([0]).to(torch.device("meta"))
     denoiser = Denoiser(assembly.network, condition, clock)
     clock.full = full
     sample = torch.empty((1, *model.shape), device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, _low_bit_work(assembly.network, counter) as low:
         denoiser(sample, assembly.plan.sampler.timesteps[0])
+    macs = _macs(counter)
+    rest = macs - sum(work.macs for work in low)
+    return Work(macs, rest * FULL_BITS**2 + sum(work.bit_operations for work in low))
+
+
+@contextmanager
+def _low_bit_work(network: nn.Module, counter: FlopCounterMode) -> Iterator[list[Work]]:
+    """The work of modules that declare ``bits_per_mac``, one entry for each call of each."""
+    done: list[Work] = []
+    before: list[int] = []
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        before.append(_macs(counter))
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        macs = _macs(counter) - before.pop()
+        done.append(Work(macs, macs * int(cast(Any, module).bits_per_mac)))
+
+    declaring = [module for module in network.modules() if hasattr(module, "bits_per_mac")]
+    handles = [module.register_forward_pre_hook(enter) for module in declaring]
+    handles += [module.register_forward_hook(leave) for module in declaring]
+    try:
+        yield done
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _macs(counter: FlopCounterMode) -> int:
     return int(counter.get_total_flops()) // 2

@@ -174,6 +174,9 @@ def _cost(spent: Spent, cost: EvaluationCost) -> Cost:
         evaluations_full=spent.evaluations_full,
         evaluations_cached=spent.evaluations_cached,
         macs_per_image=cost.macs(spent.evaluations_full, spent.evaluations_cached),
+        bit_operations_per_image=cost.bit_operations(
+            spent.evaluations_full, spent.evaluations_cached
+        ),
         seconds_per_image=spent.seconds,
         weight_bytes=cost.weight_bytes,
     )

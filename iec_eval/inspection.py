@@ -95,6 +95,7 @@ def _row(job: Job, study: Study, run: RunFolder) -> dict[str, Any]:
         "evaluations_full": expected.full,
         "evaluations_cached": expected.cached,
         "macs_per_image": cost.macs(expected.full, expected.cached),
+        "bit_operations_per_image": cost.bit_operations(expected.full, expected.cached),
         "weight_bytes": cost.weight_bytes,
         "images": count,
         "missing": sum(len(part) for part in job.missing(study.execution.chunk_size)),

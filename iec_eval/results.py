@@ -58,6 +58,8 @@ class Cost(_Part):
     evaluations_cached: float | None = None
     macs_per_image: float | None = None
     relative_macs: float | None = None
+    bit_operations_per_image: float | None = None
+    relative_bit_operations: float | None = None
     seconds_per_image: float | None = None
     relative_seconds: float | None = None
     weight_bytes: int | None = None
@@ -216,7 +218,7 @@ def _against(measured: Measurement, versus: str, base: Measurement | None) -> Me
 
 
 def with_relative_costs(results: Results, control: str | None = None) -> Results:
-    """Fill in ``relative_macs`` and ``relative_seconds``, as shares of the full-precision row.
+    """Fill in the relative costs (MACs, bit operations, seconds): shares of full precision.
 
     That is the row named ``control``, or else the first without efficiency methods and callbacks,
     added controls first. Without such a row, relative costs are None.
@@ -244,6 +246,9 @@ def _full_precision(results: Results, control: str | None) -> Variant | None:
 def _relative_cost(cost: Cost, reference: Cost) -> Cost:
     shares = {
         "relative_macs": _share(cost.macs_per_image, reference.macs_per_image),
+        "relative_bit_operations": _share(
+            cost.bit_operations_per_image, reference.bit_operations_per_image
+        ),
         "relative_seconds": _share(cost.seconds_per_image, reference.seconds_per_image),
     }
     return cost.model_copy(update=shares)

@@ -43,6 +43,8 @@ COST_KEYS = {
     "evaluations_cached",
     "macs_per_image",
     "relative_macs",
+    "bit_operations_per_image",
+    "relative_bit_operations",
     "seconds_per_image",
     "relative_seconds",
     "weight_bytes",

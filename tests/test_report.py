@@ -124,9 +124,9 @@ CSV = """\
 study,variant,fingerprint,control,simulated,status,error,images,fid-fashion,fid-fashion_ci95_low,\
 fid-fashion_ci95_high,fid-fashion_delta,fid-fashion_delta_versus,fid-fashion_delta_ci95_low,\
 fid-fashion_delta_ci95_high,evaluations_full,evaluations_cached,macs_per_image,relative_macs,\
-seconds_per_image,relative_seconds,weight_bytes
-toy,A,ab,True,False,done,,1000,2.0,1.5,2.5,,,,,20.0,0.0,200.0,1.0,2e-08,1.0,1834000
-toy,B,ab,False,False,done,,1000,1.5,,,-0.5,A,,,40.0,0.0,400.0,2.0,4e-08,2.0,1834000
+bit_operations_per_image,relative_bit_operations,seconds_per_image,relative_seconds,weight_bytes
+toy,A,ab,True,False,done,,1000,2.0,1.5,2.5,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
+toy,B,ab,False,False,done,,1000,1.5,,,-0.5,A,,,40.0,0.0,400.0,2.0,,,4e-08,2.0,1834000
 """
 
 

@@ -23,7 +23,9 @@ class EfficiencyMethod(ABC):
 
     What a method would cost is shown before it is calibrated: with an empty artifact and the
     network on the meta device, ``apply`` gives a network of the same structure, and
-    ``full_steps`` as many steps, as after calibration. No other number is read from it.
+    ``full_steps`` as many steps, as after calibration. No other number is read from it. A module
+    of that network may declare ``bits_per_mac``, the product of its operands' bits, and
+    ``stored_bytes``, what its tensors take at their bits; others count as they are, at 32 bits.
 
     Attributes:
         name: what studies call it.

@@ -100,7 +100,8 @@ class ActivationQuantizer(nn.Module):
             return x
         if mode == "observe":
             return self._observe(x)
-        if self._channels is None and self._clock.steps is None and not torch.is_grad_enabled():
+        one_grid = self._channels is None and self._clock.steps is None
+        if one_grid and not (torch.is_grad_enabled() or x.is_meta):
             scale, low, high = self._plain()[self._clock.step]
             return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
         return fake_quantize(x, self._at(self.scale, x), self._at(self.zero_point, x), self.bits)

@@ -17,7 +17,7 @@ from torch import Tensor
 Search = Literal["mse", "max", "percentile"]
 SHRINKS = tuple(round(1 - 0.02 * i, 2) for i in range(40))  # 1.00, 0.98, ..., 0.22
 POWER = 2.4
-SAMPLES = 16_384
+SAMPLES = 8192
 CELLS = 2**18  # candidates are scored in groups that need no more numbers than this at once
 
 

@@ -96,7 +96,7 @@ def grid(results: Sequence[Results], directions: Directions | None = None) -> Gr
         *([_Column("study", lambda row: row.results.study)] if len(results) > 1 else []),
         _Column("variant", lambda row: variant_label(row.variant)),
         *(_metric_column(name, rows, directions) for name in metric_names(results)),
-        *_COST_COLUMNS,
+        *_cost_columns(rows),
         *([_Column("paper", _paper)] if any(row.variant.paper for row in rows) else []),
     ]
     cells = [[column.cell(row) for column in columns] for row in rows]
@@ -171,13 +171,21 @@ def _seconds(cost: Cost) -> str:
     return significant(cost.seconds_per_image) + share
 
 
-_COST_COLUMNS = (
-    _cost_column("evaluations/image", _evaluations),
-    _cost_column("MACs/image", lambda cost: quantity(cost.macs_per_image)),
-    _cost_column("relative MACs", lambda cost: times(cost.relative_macs)),
-    _cost_column("seconds/image", _seconds),
-    _cost_column("weights", lambda cost: quantity(cost.weight_bytes, "B")),
-)
+def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Bit operations say more than MACs only where they are not in step with them."""
+    shares = {
+        (row.variant.cost.relative_macs, row.variant.cost.relative_bit_operations) for row in rows
+    }
+    differ = any(bits is not None and bits != macs for macs, bits in shares)
+    bits = _cost_column("relative bit operations", lambda c: times(c.relative_bit_operations))
+    return [
+        _cost_column("evaluations/image", _evaluations),
+        _cost_column("MACs/image", lambda cost: quantity(cost.macs_per_image)),
+        _cost_column("relative MACs", lambda cost: times(cost.relative_macs)),
+        *([bits] if differ else []),
+        _cost_column("seconds/image", _seconds),
+        _cost_column("weights", lambda cost: quantity(cost.weight_bytes, "B")),
+    ]
 
 
 def _paper(row: Row) -> str:
