@@ -186,6 +186,8 @@ class QuantizedLayer(nn.Module):
         groups: the input channels of each group.
         inputs: the activation quantizer of each group.
         weight_bits: of every weight.
+        correction: computes the output in the layer's place, from the layer and its quantized
+            input; None where nothing is corrected.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class QuantizedLayer(nn.Module):
         edges = [0, weight.shape[1]] if split is None else [0, split, weight.shape[1]]
         self.groups = [slice(a, b) for a, b in pairwise(edges)]
         self.learned: LearnedWeights | None = None
+        self.correction: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -214,7 +217,8 @@ class QuantizedLayer(nn.Module):
         weight, steps = self.weight, sum(q.scale.numel() for q in self.quantizers)
         grids = len(self.groups) * len(weight) + steps
         bias = cast(Tensor | None, self.layer.bias)
-        floats = grids + (0 if bias is None else bias.numel())
+        tables = [] if self.correction is None else self.correction.buffers()
+        floats = grids + (0 if bias is None else bias.numel()) + sum(t.numel() for t in tables)
         return -(-weight.numel() * self.weight_bits // 8) + 4 * floats + grids
 
     @property
@@ -224,6 +228,8 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for its input quantized."""
         quantized = self.quantize_input(x)
+        if self.correction is not None:
+            return cast(Tensor, self.correction(self.layer, quantized))
         if self.learned is None:
             return cast(Tensor, self.layer(quantized))
         return cast(Tensor, functional_call(self.layer, self.learned.tensors(), (quantized,)))
