@@ -8,7 +8,7 @@ encoder part whose skips u_c..u_1 need, takes the stored state, and goes on from
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ def uniform_schedule(total: int, interval: int) -> range:
 class CachedUNet(nn.Module):
     """A U-Net whose evaluations run whole or from the stored feature, as the clock says.
 
+    Attributes:
+        feature: what a cached evaluation recalls, ``[batch, C, h, w]``; None before any full one.
+        correction: acts on what is recalled, before it is joined with its skip; None: it stays.
+
     Raises ConfigError if the network has fewer than ``cut`` decoder resnets.
     """
 
@@ -70,6 +74,21 @@ class CachedUNet(nn.Module):
             raise ConfigError(f"deepcache: cut {cut} wanted, this network has {walk.depth} at most")
         self.network, self._walk, self.cut, self._clock = network, walk, cut, clock
         self.feature: Tensor | None = None
+        self.correction: nn.Module | None = None
+
+    @property
+    def consumer(self) -> nn.Module:
+        """The resnet u_c, which takes the feature joined with its skip."""
+        return self._walk.decoder[self._walk.depth - self.cut].resnet
+
+    @property
+    def channels(self) -> int:
+        """Channels of the feature."""
+        joined = cast(int, cast(Any, self.consumer).in_channels)
+        if self.cut == 1:
+            return joined - len(self._walk.unet.conv_in.weight)
+        below = cast(Any, self._walk.encoder[self.cut - 2].layer)
+        return joined - cast(int, below.out_channels)
 
     def forward(self, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         """Predict for ``sample [b, C, H, W]``; the clock says which path and which images."""
@@ -104,4 +123,6 @@ class CachedUNet(nn.Module):
     def _recall(self) -> Tensor:
         if self.feature is None:
             raise RuntimeError("a cached evaluation before any full one: step 0 must be full")
-        return self.feature if self._clock.rows is None else self.feature[self._clock.rows]
+        rows = self._clock.rows
+        feature = self.feature if rows is None else self.feature[rows]
+        return feature if self.correction is None else cast(Tensor, self.correction(feature))
