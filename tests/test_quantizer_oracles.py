@@ -20,8 +20,7 @@ from iec_eval.efficiency.quantized_layers import (
     insert_quantizers,
 )
 from iec_eval.efficiency.quantizer import Grid, fake_quantize, find_grid
-from iec_eval.efficiency.timestep_quantizer import core_of
-from iec_eval.efficiency.unet_walk import skip_splits
+from iec_eval.efficiency.unet_walk import core_of, skip_splits
 
 OFFICIAL = GridSearch(official=True, samples=None)
 CASES = [

@@ -9,6 +9,7 @@ from iec_eval.hookspecs import hookimpl
 @hookimpl
 def iec_eval_efficiency_methods() -> list[type[EfficiencyMethod]]:
     from iec_eval.efficiency.deepcache import DeepCache
+    from iec_eval.efficiency.reconstruction import Reconstruction
     from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 
-    return [DeepCache, TimestepQuantizer]
+    return [DeepCache, Reconstruction, TimestepQuantizer]

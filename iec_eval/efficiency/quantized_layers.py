@@ -6,6 +6,7 @@ and each attention gets a processor that quantizes the operands of its two matri
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -84,7 +85,7 @@ class ActivationQuantizer(nn.Module):
         like: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self._clock, self._switch, self._search = bits, clock, switch, search
+        self.bits, self.switch, self._clock, self._search = bits, switch, clock, search
         self._channels, self._channel_dim = channels, channel_dim
         shape = (clock.total,) if channels is None else (clock.total, channels)
         made = torch.ones(shape) if like is None else like.new_ones(shape)
@@ -95,7 +96,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid of this step; the same shape."""
-        mode = self._switch.mode
+        mode = self.switch.mode
         if mode == "off":
             return x
         if mode == "observe":
@@ -186,6 +187,8 @@ class QuantizedLayer(nn.Module):
         groups: the input channels of each group.
         inputs: the activation quantizer of each group.
         weight_bits: of every weight.
+        grid: of the weights, ``[groups, O]`` each, once they are quantized.
+        learned: what to compute with instead of the weights, while they are being learned.
         correction: computes the output in the layer's place, from the layer and its quantized
             input; None where nothing is corrected.
     """
@@ -199,6 +202,7 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         edges = [0, weight.shape[1]] if split is None else [0, split, weight.shape[1]]
         self.groups = [slice(a, b) for a, b in pairwise(edges)]
+        self.grid: Grid | None = None
         self.learned: LearnedWeights | None = None
         self.correction: nn.Module | None = None
 
@@ -254,7 +258,25 @@ class QuantizedLayer(nn.Module):
                 fake_quantize(self.weight[:, g], d, z, self.weight_bits)
                 for g, d, z in self.per_group(grid)
             ]
-        self.set_weight(torch.cat(parts, dim=1))
+        self._set(torch.cat(parts, dim=1), grid)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The weights as whole numbers from 0 to 2^b - 1, in their shape."""
+        assert self.grid is not None
+        parts = [
+            (self.weight[:, group] / scale).round() + zero.round()
+            for group, scale, zero in self.per_group(self.grid)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def set_codes(self, codes: Tensor, grid: Grid, bias: Tensor | None = None) -> None:
+        """Take the weights that ``codes`` stand for on ``grid``, and the bias if given."""
+        values = codes.to(self.weight)
+        parts = [(values[:, g] - z.round()) * d for g, d, z in self.per_group(grid)]
+        self._set(torch.cat(parts, dim=1), grid)
+        if bias is not None:
+            self.layer.bias = nn.Parameter(bias.to(self.weight), requires_grad=False)
 
     def per_group(self, grid: Grid) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each group's channels with its scale and zero point, shaped to act on the weight."""
@@ -263,19 +285,17 @@ class QuantizedLayer(nn.Module):
         for group, scale, zero in zip(self.groups, scales, zeros, strict=True):
             yield group, scale.view(shape), zero.view(shape)
 
-    def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Take these values for the weight, and for the bias if given."""
+    def _set(self, weight: Tensor, grid: Grid) -> None:
         self.layer.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            self.layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+        self.grid = Grid(grid.scale.to(weight), grid.zero_point.to(weight))
 
 
-class LearnedWeights(nn.Module):
+class LearnedWeights(ABC):
     """What a layer computes with while its weights are being learned."""
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The layer's parameters by name, as functions of what is learned."""
-        raise NotImplementedError
 
 
 class QuantizedProduct(nn.Module):
@@ -410,6 +430,18 @@ class QuantizedNetwork:
             _replace(core, name, layer.layer)
         for name, attention in self.attentions.items():
             attention.remove(core.get_submodule(name))
+
+
+def find_quantized(core: nn.Module) -> QuantizedNetwork:
+    """The quantized modules that are in place; none if ``core`` is not quantized."""
+    found = QuantizedNetwork()
+    for name, module in core.named_modules():
+        if isinstance(module, QuantizedLayer):
+            found.layers[name] = module
+            found.switch = module.quantizers[0].switch
+        elif isinstance(processor := getattr(module, "processor", None), QuantizedAttention):
+            found.attentions[name] = processor
+    return found
 
 
 def insert_quantizers(

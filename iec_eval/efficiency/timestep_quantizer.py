@@ -25,7 +25,7 @@ from iec_eval.efficiency.quantized_layers import (
     insert_quantizers,
 )
 from iec_eval.efficiency.quantizer import SAMPLES, Grid, Search
-from iec_eval.efficiency.unet_walk import find_unet, skip_splits
+from iec_eval.efficiency.unet_walk import core_of, skip_splits
 from iec_eval.errors import ConfigError
 from iec_eval.options import BaseOptions
 
@@ -146,11 +146,6 @@ class TimestepQuantizer(EfficiencyMethod):
             options.edge_bits,
             frozenset(edges),
         )
-
-
-def core_of(network: nn.Module) -> nn.Module:
-    """The U-Net inside what earlier methods made of it; a network without one, as a whole."""
-    return find_unet(network) or network
 
 
 def set_grids(network: QuantizedNetwork, artifact: Mapping[str, Tensor]) -> None:

@@ -150,6 +150,11 @@ def find_unet(network: nn.Module) -> nn.Module | None:
     return next((module for module in network.modules() if isinstance(module, kinds)), None)
 
 
+def core_of(network: nn.Module) -> nn.Module:
+    """The U-Net inside what earlier methods made of it; a network without one, as a whole."""
+    return find_unet(network) or network
+
+
 def skip_splits(network: nn.Module) -> dict[str, int]:
     """Layers over [hidden, skip] with the number of hidden channels, by the layer's name.
 

@@ -1,0 +1,466 @@
+"""Reconstruction of a quantized network, block by block (methods of AdaRound and BRECQ).
+
+Each weight is rounded up or down so that a block's output, not the weight, is met best:
+
+    w_q = d (clamp(floor(w / d) + h(v) + z, 0, 2^b - 1) - z),
+    h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1)
+
+with one v per weight (Nagel et al., "Up or Down?", ICML 2020), learned together with the scales
+and zero points of the block's activations (Li et al., BRECQ, ICLR 2021). The block's inputs are
+those of the quantized network with the earlier blocks done, its targets the outputs of the
+full-precision one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from diffusers import Transformer2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from iec_eval.clock import Clock
+from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.deepcache import CachedUNet
+from iec_eval.efficiency.quantized_layers import (
+    ActivationQuantizer,
+    LearnedWeights,
+    QuantizedLayer,
+    QuantizedNetwork,
+    find_quantized,
+)
+from iec_eval.efficiency.quantizer import Grid, levels, round_through
+from iec_eval.efficiency.reconstruction_data import BlockData, Items, gather_items, squared_error
+from iec_eval.efficiency.unet_walk import core_of
+from iec_eval.errors import Incompatible
+from iec_eval.options import BaseOptions
+
+if TYPE_CHECKING:
+    from iec_eval.calibration import Bench
+
+BLOCKS: Any = (ResnetBlock2D, Attention, Transformer2DModel)
+WARM_UP = 0.2  # share of the iterations before the regulariser acts
+SHARPNESS = (20.0, 2.0)  # its exponent, from and to
+
+# learning rates: of rounding, activation scales, zero points, weights behind the cache
+RATES: Mapping[str, tuple[float, float, float, float]] = {
+    "cifar10": (1e-4, 1e-4, 1e-4, 1e-6),
+    "cifar10-cachequant": (5e-1, 1e-4, 1e-1, 1e-6),
+    "church": (5e-3, 1e-6, 1e-1, 1e-3),
+    "bedroom": (5e-3, 1e-6, 1e-1, 1e-3),
+    "bedroom-cachequant": (5e-7, 1e-7, 0.0, 1e-4),
+    "imagenet": (5e-3, 1e-4, 1e-1, 1e-2),
+    "stable-diffusion": (1e-3, 1e-4, 0.0, 1e-3),
+}
+
+
+class ReconstructionOptions(BaseOptions):
+    """Options of reconstruction; ``preset`` fills in learning rates that are not given."""
+
+    preset: (
+        Literal[
+            "cifar10",
+            "cifar10-cachequant",
+            "church",
+            "bedroom",
+            "bedroom-cachequant",
+            "imagenet",
+            "stable-diffusion",
+        ]
+        | None
+    ) = Field(None, description="learning rates of the released code for this data set")
+    granularity: Literal["block", "layer"] = Field(
+        "block", description="what is met at once: outputs of resnets and attentions, or of layers"
+    )
+    iterations: int = Field(3000, ge=1, description="optimiser steps of each block")
+    batch_size: int = Field(32, ge=1, description="inputs of one optimiser step")
+    items: int = Field(
+        1024, ge=1, description="network inputs to learn from, drawn over all steps and images"
+    )
+    rounding_rate: float = Field(1e-2, ge=0, description="learning rate of the rounding")
+    scale_rate: float = Field(
+        1e-4, ge=0, description="learning rate of activation scales, times their mean"
+    )
+    zero_rate: float = Field(0.0, ge=0, description="learning rate of zero points")
+    weight_rate: float = Field(
+        0.0, ge=0, description="learning rate of weights and biases behind the cache"
+    )
+    regularizer: Literal["annealed", "official"] = Field(
+        "annealed", description="push the rounding to 0 or 1; official: do not, as released"
+    )
+    regularizer_weight: float = Field(0.01, gt=0, description="of the annealed regulariser")
+    quantized_inputs: float = Field(
+        1.0, ge=0, le=1, description="share of inputs with the errors of the blocks before"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in RATES:
+            return given
+        names = ("rounding_rate", "scale_rate", "zero_rate", "weight_rate")
+        return {**dict(zip(names, RATES[given["preset"]], strict=True)), **given}
+
+
+class Reconstruction(EfficiencyMethod):
+    """Learn the rounding of a quantized network's weights, block by block."""
+
+    name = "reconstruction"
+    Options = ReconstructionOptions
+    simulated = True
+    options: ReconstructionOptions
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        """Learn the blocks in the order they run; finished ones survive an interruption."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return _Workshop.open(bench, self.options).work()
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        placed = _quantized(network)
+        if artifact:
+            take(placed, artifact)
+        return network
+
+
+def take(network: QuantizedNetwork, artifact: Artifact) -> None:
+    """Set weights and activation grids to what was learned, as far as ``artifact`` has them."""
+    for name, layer in network.layers.items():
+        if f"{name}.codes" in artifact:
+            grid = Grid(artifact[f"{name}.weight_scale"], artifact[f"{name}.weight_zero_point"])
+            bias = artifact.get(f"{name}.bias")
+            layer.set_codes(artifact[f"{name}.codes"], grid, bias)
+    for name, quantizer in network.quantizers().items():
+        if f"{name}.scale" in artifact:
+            quantizer.set_grids(artifact[f"{name}.scale"], artifact[f"{name}.zero_point"])
+
+
+def _quantized(network: nn.Module) -> QuantizedNetwork:
+    placed = find_quantized(core_of(network))
+    if not placed.layers:
+        raise Incompatible("reconstruction needs a quantized network: put a quantizer before it")
+    return placed
+
+
+class SoftRounding(LearnedWeights):
+    """The weights of a layer with a learned rounding.
+
+    Args:
+        layer: the quantized layer; its grids are kept, zero points learned.
+        weight: full-precision weights.
+        bias: full-precision bias, or None.
+        train_weights: whether weight and bias are learned too.
+    """
+
+    def __init__(
+        self, layer: QuantizedLayer, weight: Tensor, bias: Tensor | None, *, train_weights: bool
+    ) -> None:
+        assert layer.grid is not None
+        self._layer = layer
+        self.zero_point = nn.Parameter(layer.grid.zero_point.clone().to(weight))
+        self.scale = layer.grid.scale.to(weight)
+        self.weight = nn.Parameter(weight.clone(), requires_grad=train_weights)
+        self.bias = None if bias is None else nn.Parameter(bias.clone(), train_weights)
+        fraction = torch.cat([w / d - (w / d).floor() for w, d, _ in self._groups()], dim=1)
+        self.rounding = nn.Parameter(inverse_rectified_sigmoid(fraction))
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts, start = [], 0
+        share = rectified_sigmoid(self.rounding)
+        for weight, scale, zero in self._groups():
+            h = share[:, start : start + weight.shape[1]]
+            start += weight.shape[1]
+            z, ratio = round_through(zero), weight / scale
+            lower = ratio + (ratio.floor() - ratio).detach()
+            codes = torch.clamp(lower + h + z, 0, levels(self._layer.weight_bits))
+            parts.append((codes - z) * scale)
+        return {"weight": torch.cat(parts, dim=1), **self._bias()}
+
+    @torch.no_grad()
+    def harden(self) -> tuple[Tensor, Grid]:
+        """The codes with every rounding decided, and the grid they are on."""
+        up, start, parts = (self.rounding >= 0), 0, []
+        for weight, scale, zero in self._groups():
+            part = up[:, start : start + weight.shape[1]]
+            start += weight.shape[1]
+            codes = (weight / scale).floor() + part + zero.round()
+            parts.append(codes.clamp(0, levels(self._layer.weight_bits)))
+        return torch.cat(parts, dim=1), Grid(self.scale, self.zero_point.detach().round())
+
+    def undecided(self, sharpness: float) -> Tensor:
+        """Sum of 1 - |2h - 1|^sharpness: zero when every rounding is 0 or 1."""
+        share = rectified_sigmoid(self.rounding)
+        return (1 - (2 * share - 1).abs().pow(sharpness)).sum()
+
+    def _groups(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        grid = Grid(self.scale, self.zero_point)
+        for group, scale, zero in self._layer.per_group(grid):
+            yield self.weight[:, group], scale, zero
+
+    def _bias(self) -> dict[str, Tensor]:
+        return {} if self.bias is None else {"bias": self.bias}
+
+
+def rectified_sigmoid(x: Tensor) -> Tensor:
+    """h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1)."""
+    return torch.clamp(1.2 * torch.sigmoid(x) - 0.1, 0, 1)
+
+
+def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
+    """The v with h(v) = share, for shares from 0 to 1."""
+    return -torch.log(1.2 / (share + 0.1) - 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One unit of reconstruction, in both networks."""
+
+    name: str
+    student: nn.Module
+    teacher: nn.Module
+    behind_cache: bool
+
+
+@dataclass(frozen=True)
+class _Workshop:
+    """Everything reconstruction works with."""
+
+    bench: Bench
+    options: ReconstructionOptions
+    teacher: nn.Module
+    items: Items
+
+    @classmethod
+    def open(cls, bench: Bench, options: ReconstructionOptions) -> _Workshop:
+        teacher = bench.model.load().to(bench.device).eval().requires_grad_(False)
+        cache = find_cache(bench.network)
+        items = gather_items(bench, teacher, cache.cut if cache else None, options.items)
+        return cls(bench, options, teacher, items)
+
+    def work(self) -> dict[str, Tensor]:
+        """All blocks; each is saved as it is done."""
+        placed = _quantized(self.bench.network)
+        before = {name: tensor.clone() for name, tensor in _state(placed).items()}
+        done = self.bench.draft.load()
+        take(placed, done)
+        blocks = self._blocks(placed)
+        self.bench.progress.start(len(blocks) * self.options.iterations)
+        try:
+            for number, block in enumerate(blocks):
+                if f"{block.name}.losses" in done:
+                    self.bench.progress.advance(self.options.iterations)
+                    continue
+                done.update(self._learn(block, placed, number))
+                take(placed, done)
+                self.bench.draft.save(done)
+        finally:
+            self.bench.clock.steps = None
+            take(placed, before)
+        return done
+
+    def _blocks(self, placed: QuantizedNetwork) -> list[_Block]:
+        """The units in the order in which the full network runs them."""
+        student, teacher = core_of(self.bench.network), core_of(self.teacher)
+        wanted = BLOCKS if self.options.granularity == "block" else BLOCKS[:0]
+        names = _outermost(student, wanted)
+        order = self.items.order_of_calls(
+            self.teacher, {n: teacher.get_submodule(n) for n in names}
+        )
+        shallow = self.items.called_when_cached(
+            self.bench, {name: student.get_submodule(name) for name in names}
+        )
+        return [
+            _Block(
+                name,
+                student.get_submodule(name),
+                teacher.get_submodule(name),
+                name in shallow and name.startswith(("up_blocks", "conv_out")),
+            )
+            for name in order
+        ]
+
+    def _learn(self, block: _Block, placed: QuantizedNetwork, number: int) -> dict[str, Tensor]:
+        learner = _Learner.of(block, placed, self.options)
+        data = self.items.of_block(
+            self.bench, self.teacher, block.student, block.teacher, self.options.quantized_inputs
+        )
+        generator = torch.Generator().manual_seed(self.bench.seed * 1_000_003 + number)
+        before = data.loss(self.bench, block.student)
+        learner.begin()
+        try:
+            self._descend(learner, data, generator)
+            soft = data.loss(self.bench, block.student)
+        finally:
+            learner.end()
+        learned = learner.hardened()
+        take(placed, learned)
+        after = data.loss(self.bench, block.student)
+        if after > before:  # hardening lost more than learning won
+            learned = learner.undo()
+        losses = torch.tensor([before, soft, after], dtype=torch.float64)
+        return {**learned, f"{block.name}.losses": losses}
+
+    def _descend(self, learner: _Learner, data: BlockData, generator: torch.Generator) -> None:
+        """Adam on the block's error, its rates falling to zero along a cosine."""
+        options, clock = self.options, self.bench.clock
+        optimizer = torch.optim.Adam(learner.parameter_groups())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations)
+        for iteration in range(options.iterations):
+            rows = torch.randint(len(data), (options.batch_size,), generator=generator)
+            batch = data.batch(rows, self.bench.device, generator)
+            clock.steps = batch.steps
+            loss = squared_error(batch.run(learner.block.student), batch.target)
+            share = iteration / options.iterations
+            if options.regularizer == "annealed" and share >= WARM_UP:
+                loss = loss + options.regularizer_weight * learner.undecided(_sharpness(share))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            self.bench.progress.advance(1)
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What is learned of one block."""
+
+    block: _Block
+    layers: dict[str, QuantizedLayer]
+    quantizers: dict[str, ActivationQuantizer]
+    soft: dict[str, SoftRounding]
+    options: ReconstructionOptions
+    original: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, block: _Block, placed: QuantizedNetwork, options: ReconstructionOptions
+    ) -> _Learner:
+        layers = {n: x for n, x in placed.layers.items() if _within(n, block.name)}
+        quantizers = {n: q for n, q in placed.quantizers().items() if _within(n, block.name)}
+        trains = block.behind_cache and options.weight_rate > 0
+        soft = {}
+        for name, layer in layers.items():
+            path = name.removeprefix(block.name).removeprefix(".")
+            source = cast(Any, block.teacher.get_submodule(path) if path else block.teacher)
+            soft[name] = SoftRounding(layer, source.weight, source.bias, train_weights=trains)
+        original = _part_state(layers, quantizers)
+        return cls(block, layers, quantizers, soft, options, original)
+
+    def begin(self) -> None:
+        """Compute with what is being learned."""
+        for name, layer in self.layers.items():
+            layer.learned = self.soft[name]
+        for quantizer in self.quantizers.values():
+            quantizer.scale.requires_grad_(self.options.scale_rate > 0)
+            quantizer.zero_point.requires_grad_(self.options.zero_rate > 0)
+
+    def end(self) -> None:
+        """Compute with fixed numbers again."""
+        for layer in self.layers.values():
+            layer.learned = None
+        for quantizer in self.quantizers.values():
+            quantizer.set_grids(
+                quantizer.scale.detach().abs().clamp(min=1e-12), quantizer.zero_point.detach()
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimiser; scales each at a rate in proportion to their size."""
+        options, soft = self.options, list(self.soft.values())
+        groups = [{"params": [s.rounding for s in soft], "lr": options.rounding_rate}]
+        if options.zero_rate > 0:
+            zeros = [s.zero_point for s in soft] + [q.zero_point for q in self.quantizers.values()]
+            groups.append({"params": zeros, "lr": options.zero_rate})
+        if options.scale_rate > 0:
+            groups += [
+                {"params": [q.scale], "lr": options.scale_rate * float(q.scale.detach().mean())}
+                for q in self.quantizers.values()
+            ]
+        weights = [p for s in soft for p in (s.weight, s.bias) if p is not None and p.requires_grad]
+        return [*groups, *([{"params": weights, "lr": options.weight_rate}] if weights else [])]
+
+    def undecided(self, sharpness: float) -> Tensor:
+        """The regulariser, summed over the block's weights."""
+        return torch.stack([soft.undecided(sharpness) for soft in self.soft.values()]).sum()
+
+    def hardened(self) -> dict[str, Tensor]:
+        """What was learned, as an artifact's tensors."""
+        made: dict[str, Tensor] = {}
+        for name, soft in self.soft.items():
+            codes, grid = soft.harden()
+            made |= _weight_state(name, codes, grid, self.layers[name].weight_bits)
+            if soft.bias is not None and soft.bias.requires_grad:
+                made[f"{name}.bias"] = soft.bias.detach().cpu().clone()
+        return made | _grid_state(self.quantizers)
+
+    def undo(self) -> dict[str, Tensor]:
+        """What was there before, as an artifact's tensors."""
+        return self.original
+
+
+def find_cache(network: nn.Module) -> CachedUNet | None:
+    """The cached U-Net that ``network`` is or wraps, if any."""
+    found = (module for module in network.modules() if isinstance(module, CachedUNet))
+    return next(found, None)
+
+
+def _sharpness(share: float) -> float:
+    """The regulariser's exponent: falls linearly after the warm-up."""
+    start, end = SHARPNESS
+    return start + (end - start) * (share - WARM_UP) / (1 - WARM_UP)
+
+
+def _within(name: str, outer: str) -> bool:
+    """Whether a module's name is ``outer`` or inside it."""
+    return f"{name}.".startswith(f"{outer}.")
+
+
+def _outermost(core: nn.Module, kinds: Sequence[type[nn.Module]]) -> list[str]:
+    """Names of the modules of ``kinds`` that hold quantized layers, and of layers outside them."""
+    names: list[str] = []
+    for name, module in core.named_modules():
+        if any(_within(name, outer) for outer in names):
+            continue
+        if isinstance(module, (QuantizedLayer, *kinds)) and name:
+            names.append(name)
+    return names
+
+
+def _weight_state(name: str, codes: Tensor, grid: Grid, bits: int) -> dict[str, Tensor]:
+    kind = torch.uint8 if bits <= 8 else torch.int32
+    return {
+        f"{name}.codes": codes.to(kind).cpu(),
+        f"{name}.weight_scale": grid.scale.detach().cpu().clone(),
+        f"{name}.weight_zero_point": grid.zero_point.detach().cpu().clone(),
+    }
+
+
+def _grid_state(quantizers: Mapping[str, ActivationQuantizer]) -> dict[str, Tensor]:
+    made = {}
+    for name, quantizer in quantizers.items():
+        made[f"{name}.scale"] = quantizer.scale.detach().cpu().clone()
+        made[f"{name}.zero_point"] = quantizer.zero_point.detach().cpu().clone()
+    return made
+
+
+def _part_state(
+    layers: Mapping[str, QuantizedLayer], quantizers: Mapping[str, ActivationQuantizer]
+) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        assert layer.grid is not None
+        made |= _weight_state(name, layer.codes(), layer.grid, layer.weight_bits)
+    return made | _grid_state(quantizers)
+
+
+def _state(placed: QuantizedNetwork) -> dict[str, Tensor]:
+    """Everything that learning may change."""
+    biases = {
+        f"{name}.bias": cast(Tensor, layer.layer.bias)
+        for name, layer in placed.layers.items()
+        if layer.layer.bias is not None
+    }
+    return _part_state(placed.layers, placed.quantizers()) | biases
