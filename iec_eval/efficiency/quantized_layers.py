@@ -463,10 +463,8 @@ def insert_quantizers(
         splits: layers with two groups of input channels, and where the second begins.
         per_channel: one activation grid per input channel instead of one per tensor.
 
-    Raises Incompatible if there is nothing to quantize, it is quantized already, or an attention
-    computes with its weights in a way that cannot be quantized here.
+    Call :func:`check_quantizable` first.
     """
-    _check_quantizable(core)
     made = QuantizedNetwork()
 
     def quantizer(like: Tensor, width: int, channels: int | None, dim: int) -> ActivationQuantizer:
@@ -509,7 +507,12 @@ def _attention(quantizer: Any, bits: Bits, like: Tensor) -> QuantizedAttention:
     return QuantizedAttention(QuantizedProduct(q, k), QuantizedProduct(softmax, v))
 
 
-def _check_quantizable(core: nn.Module) -> None:
+def check_quantizable(core: nn.Module) -> None:
+    """Raise Incompatible, with the reason, for a network that cannot be quantized here.
+
+    There may be nothing to quantize, it may be quantized already, or an attention may compute
+    with its weights in an unknown way.
+    """
     modules = dict(core.named_modules())
     if any(isinstance(module, QuantizedLayer) for module in modules.values()):
         raise Incompatible("the network is quantized already")

@@ -35,8 +35,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     """
     if torch.is_grad_enabled():
         zero = round_through(zero_point)
-        codes = torch.clamp(round_through(x / scale) + zero, 0, levels(bits))
-        return (codes - zero) * scale
+        return (clip(round_through(x / scale) + zero, bits) - zero) * scale
     zero = zero_point.round()
     return torch.div(x, scale).round_().clamp_(-zero, levels(bits) - zero).mul_(scale)
 
@@ -46,11 +45,19 @@ def levels(bits: int) -> int:
     return (1 << bits) - 1
 
 
+def clip(codes: Tensor, bits: int) -> Tensor:
+    """Codes clamped to 0 .. 2^b - 1, with a gradient inside that range, its ends included."""
+    top = levels(bits)
+    inside = (codes >= 0) & (codes <= top)
+    return torch.where(inside, codes, codes.detach().clamp(0, top))
+
+
 def round_through(x: Tensor) -> Tensor:
     """Round to the nearest integer; the gradient is that of the identity."""
-    return x + (x.round() - x).detach()
+    return x.round().detach() + (x - x.detach())
 
 
+@torch.no_grad()
 def find_grid(
     x: Tensor,
     bits: int,

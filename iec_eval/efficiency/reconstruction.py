@@ -34,7 +34,7 @@ from iec_eval.efficiency.quantized_layers import (
     QuantizedNetwork,
     find_quantized,
 )
-from iec_eval.efficiency.quantizer import Grid, levels, round_through
+from iec_eval.efficiency.quantizer import Grid, clip, levels, round_through
 from iec_eval.efficiency.reconstruction_data import BlockData, Items, gather_items, squared_error
 from iec_eval.efficiency.unet_walk import core_of
 from iec_eval.errors import Incompatible
@@ -176,7 +176,7 @@ class SoftRounding(LearnedWeights):
             start += weight.shape[1]
             z, ratio = round_through(zero), weight / scale
             lower = ratio + (ratio.floor() - ratio).detach()
-            codes = torch.clamp(lower + h + z, 0, levels(self._layer.weight_bits))
+            codes = clip(lower + h + z, self._layer.weight_bits)
             parts.append((codes - z) * scale)
         return {"weight": torch.cat(parts, dim=1), **self._bias()}
 

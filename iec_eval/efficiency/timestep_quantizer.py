@@ -22,6 +22,7 @@ from iec_eval.efficiency.quantized_layers import (
     GridSearch,
     QuantizedNetwork,
     Switch,
+    check_quantizable,
     insert_quantizers,
 )
 from iec_eval.efficiency.quantizer import SAMPLES, Grid, Search
@@ -114,6 +115,7 @@ class TimestepQuantizer(EfficiencyMethod):
 
     def _insert(self, core: nn.Module, clock: Clock) -> QuantizedNetwork:
         options = self.options
+        check_quantizable(core)
         return insert_quantizers(
             core,
             clock,
