@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import conditional_unet, unet
+from helpers import build, conditional_unet, unet
 from pydantic import ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iec_eval import testing
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.hooks import iec_eval_callbacks
 from iec_eval.callbacks.iec import IEC
@@ -24,6 +23,7 @@ from iec_eval.efficiency.base import Artifact, EfficiencyMethod
 from iec_eval.efficiency.deepcache import CachedUNet, DeepCache
 from iec_eval.efficiency.hooks import iec_eval_efficiency_methods
 from iec_eval.embedded import FASHION_MNIST
+from iec_eval.errors import Incompatible
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import CARD, WEIGHTS, ClassifierFeatures, ImageClassifier
 from iec_eval.metrics.fid import FID
@@ -46,8 +46,10 @@ from iec_eval.testing import (
     check_model,
     check_sampler,
 )
+from iec_eval.testing.efficiency import TOYS, ToyCacher, ToyQuantizer, ToyScaler
 
 Options = dict[str, Any]
+CACHE = {"interval": 2, "cut": 2}
 
 # --- the built-ins ----------------------------------------------------------------------------
 
@@ -88,7 +90,8 @@ def every(table: dict[Any, list[Options]]) -> list[Any]:
 
 def test_every_built_in_is_here() -> None:
     assert set(SAMPLERS) == set(iec_eval_samplers())
-    assert set(METHODS) == set(iec_eval_efficiency_methods())
+    # the other efficiency methods, alone and in chains: test_chains.py
+    assert set(METHODS) < set(iec_eval_efficiency_methods())
     assert set(CALLBACKS) == set(iec_eval_callbacks())
     assert {FID, InceptionScore} == set(iec_eval_metrics())
     assert {cls.name for cls in iec_eval_models()} == {"unet", "fashion-mnist"}
@@ -175,7 +178,7 @@ def test_the_packaged_model() -> None:
 
 def test_the_tiny_model_and_the_toys() -> None:
     check_model(TinyModel, {"seed": 3})
-    for toy in testing.TOYS:
+    for toy in TOYS:
         check_efficiency_method(toy, skip=["composition"])
 
 
@@ -194,6 +197,104 @@ class TextModel(TinyModel):
         text = {"encoder_hidden_states": Noise(2, images, (5, 12)).initial()}
         nothing = {"encoder_hidden_states": torch.zeros(len(images), 5, 12)}
         return Condition(text, nothing, 2.0)
+
+
+# --- efficiency methods in a chain ------------------------------------------------------------
+
+
+def deepcache() -> DeepCache:
+    method: DeepCache = build(DeepCache, CACHE)
+    return method
+
+
+def test_pairs_in_both_orders() -> None:
+    check_efficiency_method(ToyQuantizer, before=[deepcache()])
+    check_efficiency_method(ToyQuantizer, after=[deepcache()])
+    check_efficiency_method(DeepCache, CACHE, before=[ToyQuantizer(BaseOptions())])
+    check_efficiency_method(DeepCache, CACHE, after=[ToyQuantizer(BaseOptions())])
+
+
+class ScalesRecalled(EfficiencyMethod):
+    """Scales what a cached step gives, by a factor found on the cached network."""
+
+    name = "scales-recalled"
+
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        cached = isinstance(bench.network, CachedUNet) and bench.clock.full_steps == {0, 2, 4}
+        return {"factor": torch.tensor(1.25 if cached else float("nan"))}
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        if not isinstance(network, CachedUNet):
+            raise Incompatible("put deepcache before it")
+        factor = artifact["factor"].item() if artifact else 1.0
+        return Around(network, after=lambda output: output if clock.full else output * factor)
+
+
+def test_a_method_that_needs_another_one_underneath() -> None:
+    check_efficiency_method(ScalesRecalled, before=[deepcache()])
+    with pytest.raises(Incompatible, match="put deepcache before it"):
+        check_efficiency_method(ScalesRecalled, after=[deepcache()])
+
+
+def test_methods_are_calibrated_and_applied_in_order() -> None:
+    noted: list[str] = []
+
+    class Noting(BrokenMethod):
+        def __init__(self, options: BaseOptions, label: str = "checked") -> None:
+            super().__init__(options)
+            self.note: Callable[[str], None] = lambda what: noted.append(f"{what} {label}")
+
+        def calibrate(self, bench: Any) -> dict[str, Tensor]:
+            self.note("calibrate")
+            return {}
+
+        def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+            self.note("apply")
+            return super().apply(network, clock, artifact)
+
+    before, after = ([Noting(BaseOptions(), label)] for label in ("first", "last"))
+    others = [name for name in names_of(check_efficiency_method) if name != "finite"]
+    check_efficiency_method(Noting, before=before, after=after, skip=others)
+    order = ("first", "checked", "last")
+    assert noted == [f"{what} {label}" for label in order for what in ("calibrate", "apply")]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_properties_are_those_of_the_whole_chain(place: str) -> None:
+    def check(broken: EfficiencyMethod, message: str, skip: Sequence[str] = ()) -> None:
+        chain: Any = {place: [broken]}
+        with pytest.raises(AssertionError, match=f"^ToyScaler: {message}"):
+            check_efficiency_method(ToyScaler, **chain, skip=skip)
+
+    check(StartsCached(BaseOptions()), "full steps: step 0 must be full")
+    check(FullUntilCalibrated(BaseOptions()), "skeleton: toy-cacher: full_steps gives 5 steps")
+    check(GivesNothing(BaseOptions()), "finite: ")
+    check(ArtifactOfNumbers(BaseOptions()), "artifact: .* are not tensors")
+    check(RandomCalibration(BaseOptions()), "calibration: ")
+    check(NeverStops(BaseOptions()), "second trajectory: ")
+    check(build(AlwaysStores, CACHE), "extra evaluations: ")
+    check(FailsWhenCorrected(BaseOptions()), "iec: ")
+    check(build(IgnoresRows, CACHE), "rows: ")
+    check(RangeOfTheBatch(BaseOptions()), "batch: ", skip=["rows"])
+
+
+def test_the_declaration_is_that_of_the_checked_method() -> None:
+    check_efficiency_method(ToyScaler, before=[UndescribedMethod(Undescribed())])
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_the_chain_is_combined_with_what_fits_in_its_free_slots(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unwanted(ToyCacher):
+        def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+            raise Incompatible("a second cacher")
+
+    monkeypatch.setattr("iec_eval.testing.efficiency.TOYS", (Unwanted,))
+    chain: Any = {place: [deepcache()]}
+    check_efficiency_method(ToyScaler, **chain)
+    with pytest.raises(Incompatible, match="a second cacher"):
+        check_efficiency_method(ToyScaler)
 
 
 # --- broken samplers --------------------------------------------------------------------------
@@ -369,25 +470,51 @@ class NoParts(BrokenMethod):
 
 class TwoCachers(BrokenMethod):
     def parts(self) -> Sequence[EfficiencyMethod]:
-        return [testing.ToyCacher(BaseOptions()), testing.ToyCacher(BaseOptions())]
+        return [ToyCacher(BaseOptions()), ToyCacher(BaseOptions())]
 
 
-class StartsCached(testing.ToyCacher):
+class StartsCached(ToyCacher):
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
         return range(1, total, 2)
 
 
-class RunsOver(testing.ToyCacher):
+class RunsOver(ToyCacher):
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
         return range(0, total + 4, 2)
 
 
-class ChangesItsMind(testing.ToyCacher):
+class ChangesItsMind(ToyCacher):
     asked = 0
 
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
         self.asked += 1
         return range(0, total, self.asked)
+
+
+class OneChannel(BrokenMethod):
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return Around(network, after=lambda output: output[:, :1])
+
+
+class CachesOneChannel(ToyCacher):
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        cached = super().apply(network, clock, artifact)
+        return Around(cached, after=lambda output: output if clock.full else output[:, :1])
+
+
+class FullUntilCalibrated(ToyCacher):
+    """Its schedule is known after calibration, and its number of full steps no earlier."""
+
+    def calibrate(self, bench: Any) -> dict[str, Tensor]:
+        return {"steps": torch.arange(0, bench.clock.total, 2)}
+
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        return artifact["steps"].tolist() if artifact else range(total)
+
+
+class NoStepsUntilCalibrated(FullUntilCalibrated):
+    def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
+        return list(artifact["steps"].tolist())
 
 
 class GivesNothing(BrokenMethod):
@@ -459,6 +586,28 @@ class StoringCache(CachedUNet):
         self.feature = (
             feature if rows is None or kept is None else kept.index_copy(0, rows, feature)
         )
+
+
+class FailsWhenCorrected(BrokenMethod):
+    """Works at a step's own prediction only."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        return Around(network, after=lambda output: output / float(clock.evaluation == 0))
+
+
+class RemembersCorrections(BrokenMethod):
+    """Scales by what the last correction gave, also that of another image."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
+        size = 0.0
+
+        def scale(output: Tensor) -> Tensor:
+            nonlocal size
+            if clock.evaluation > 0 and clock.store:
+                size = float(output.norm())
+            return output * (1 + 0.01 * size)
+
+        return Around(network, after=scale)
 
 
 class IgnoresRows(DeepCache):
@@ -769,7 +918,6 @@ class NewIdentity(TinyModel):
 # --- every check fails where it should ----------------------------------------------------------
 
 Case = tuple[type[Any], Options, str]
-CACHE = {"interval": 2, "cut": 2}
 BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
     check_sampler: {
         "declaration": [
@@ -811,6 +959,14 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
             (RunsOver, {}, r"gives \[6, 8\], the run has 0..4"),
             (ChangesItsMind, {}, "other steps when asked again"),
         ],
+        "skeleton": [
+            (ChangesTheArtifact, {}, "an empty artifact, raises KeyError: 'scale'"),
+            (NoStepsUntilCalibrated, {}, "an empty artifact, raises KeyError: 'steps'"),
+            (KnowsOnlyBareNetworks, {}, "a full evaluation on the meta device raises"),
+            (OneChannel, {}, r"a full evaluation .* shape \[1, 1, 8, 8\], wanted \[1, 3, 8, 8\]"),
+            (CachesOneChannel, {}, r"a cached evaluation .* shape \[1, 1, 8, 8\], wanted"),
+            (FullUntilCalibrated, {}, "5 steps for an empty artifact, 3 after calibration"),
+        ],
         "finite": [(GivesNothing, {}, "not finite")],
         "artifact": [
             (KeepsItsResult, {}, "saved and loaded, gives another result"),
@@ -822,6 +978,11 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
         "extra evaluations": [
             (CountsCalls, {}, "count no calls"),
             (AlwaysStores, CACHE, "mind Clock.store"),
+        ],
+        "iec": [
+            (FailsWhenCorrected, {}, "under IEC the result is not finite"),
+            (RemembersCorrections, {}, "under IEC .* something is remembered"),
+            (AlwaysStores, CACHE, "IEC of weight zero .* changed the result"),
         ],
         "rows": [(IgnoresRows, CACHE, "mind Clock.rows")],
         "batch": [(RangeOfTheBatch, {}, "reduced over the batch")],
