@@ -6,7 +6,7 @@ from iec_eval.calibration import Bench
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser, Step, denoise
-from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.base import Artifact, CompositeMethod, EfficiencyMethod
 from iec_eval.errors import (
     ConfigError,
     CorruptFile,
@@ -31,6 +31,7 @@ __all__ = [
     "BaseOptions",
     "Bench",
     "Clock",
+    "CompositeMethod",
     "Condition",
     "ConfigError",
     "CorruptFile",

@@ -338,8 +338,8 @@ def test_every_nth_step_is_full() -> None:
     latents, clock = cached_run(network, {"interval": 4, "cut": 2}, noise)
     assert (clock.evaluations.full, clock.evaluations.cached) == (4, 8)
     assert not torch.allclose(latents, run(network, ddim(steps=6), noise), atol=1e-3)
-    assert list(uniform_schedule(10, 3)) == [0, 3, 6, 9]
-    assert list(uniform_schedule(9, 3)) == [0, 3, 6]
+    assert uniform_schedule(10, 3) == [0, 3, 6, 9]
+    assert uniform_schedule(9, 3) == [0, 3, 6]
 
 
 def test_states_equal_those_of_a_loop_by_hand() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 from torch import Tensor, nn
 
@@ -69,3 +69,14 @@ class EfficiencyMethod(ABC):
 
         Raises Incompatible for a network it cannot handle.
         """
+
+
+class CompositeMethod(EfficiencyMethod):
+    """A method that is nothing but its parts, which are calibrated and applied one by one."""
+
+    @abstractmethod
+    def parts(self) -> Sequence[EfficiencyMethod]:
+        """The stages, in order of application, none of them a composite."""
+
+    def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> NoReturn:
+        raise TypeError(f"{self.name} is applied part by part: see parts()")

@@ -7,54 +7,151 @@ encoder part whose skips u_c..u_1 need, takes the stored state, and goes on from
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
+from iec_eval.denoising import Step
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.schedules import (
+    centred_power_schedule,
+    dps_schedule,
+    power_schedule,
+    uniform_schedule,
+)
 from iec_eval.efficiency.unet_walk import Context, UNetWalk
 from iec_eval.errors import ConfigError
 from iec_eval.options import BaseOptions
+
+if TYPE_CHECKING:
+    from iec_eval.calibration import Bench
+
+USED_BY = {
+    "power": ("power", "centred-power"),
+    "center": ("centred-power",),
+    "schedule_images": ("dps",),
+}
+TOGETHER = 8  # images whose features of 2N steps are in memory at once
 
 
 class DeepCacheOptions(BaseOptions):
     """Options of DeepCache."""
 
-    interval: int = Field(ge=1, description="every N-th step is full, starting with step 0")
+    interval: int = Field(ge=1, description="N: about every N-th step is full, the first is step 0")
     cut: int = Field(
         1,
         ge=1,
         description="decoder resnets that every step recomputes, counted from the output; "
         "the released code uses 4 for the CIFAR-10 DDPM and 1 for latent diffusion",
     )
+    schedule: Literal["uniform", "power", "centred-power", "dps"] = Field(
+        "uniform",
+        description="which steps are full: every N-th, denser at the start, densest around a "
+        "step, or those whose features stand best for the steps after them (CacheQuant; this one "
+        "is calibrated)",
+    )
+    power: float = Field(
+        1.5, ge=1, description="of the schedules power and centred-power; 1 is about uniform"
+    )
+    center: int = Field(0, ge=0, description="step around which centred-power is densest")
+    schedule_images: int = Field(
+        128, ge=1, description="for dps: calibration images whose features are compared, at most"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_without_effect(self) -> Self:
+        for name, schedules in USED_BY.items():
+            if name in self.model_fields_set and self.schedule not in schedules:
+                raise ValueError(
+                    f"{name} has no effect on the schedule {self.schedule}; leave it out, or take "
+                    f"schedule {' or '.join(schedules)}"
+                )
+        return self
 
 
 class DeepCache(EfficiencyMethod):
-    """Skip the deep part of the U-Net on all but every N-th step."""
+    """Skip the deep part of the U-Net on all but about every N-th step."""
 
     name = "deepcache"
     Options = DeepCacheOptions
     slot = "cacher"
     options: DeepCacheOptions
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.options.schedule == "dps"
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        """For ``dps`` alone: the full steps that lose least, from one pass with every step full.
+
+        T 2N distances of features are measured, each once, and summed over the images.
+        """
+        if not self.needs_calibration:
+            return {}
+        interval, total = self.options.interval, bench.clock.total
+        cached = CachedUNet(bench.network, self.options.cut, bench.clock)
+        observer = FeatureDistances(cached, total, min(2 * interval, total))
+        images = min(bench.images, self.options.schedule_images)
+        run = replace(bench, network=cached)
+        with bench.every_step_full():
+            run.run([observer], batch_size=TOGETHER, images=images)
+        return {"full_steps": torch.tensor(dps_schedule(observer.distances, interval))}
+
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
-        if self.options.interval > total:
-            raise ConfigError(
-                f"deepcache: interval {self.options.interval} is longer than the run of {total} "
-                f"steps; give at most {total}"
-            )
-        return uniform_schedule(total, self.options.interval)
+        """As the schedule says; before ``dps`` is calibrated, as many as it will have."""
+        options = self.options
+        for name, value, most in (
+            ("interval", options.interval, total),
+            ("center", options.center, total - 1),
+        ):
+            if value > most:
+                raise ConfigError(
+                    f"deepcache: {name} {value} is too large for the run of {total} steps; give "
+                    f"at most {most}"
+                )
+        if options.schedule == "power":
+            return power_schedule(total, options.interval, options.power)
+        if options.schedule == "centred-power":
+            return centred_power_schedule(total, options.interval, options.power, options.center)
+        if options.schedule == "dps" and artifact:
+            return cast(list[int], artifact["full_steps"].tolist())
+        return uniform_schedule(total, options.interval)
 
     def apply(self, network: nn.Module, clock: Clock, artifact: Artifact) -> nn.Module:
         return CachedUNet(network, self.options.cut, clock)
 
 
-def uniform_schedule(total: int, interval: int) -> range:
-    """S = {0, N, 2N, ...} below T."""
-    return range(0, total, interval)
+class FeatureDistances(DenoisingCallback):
+    """Sums the L1 distances of each step's feature to those of the steps before it.
+
+    Attributes:
+        distances: ``[T, L]``, float64: of step j's feature to that of step j + l.
+    """
+
+    name = "feature-distances"
+
+    def __init__(self, cached: CachedUNet, total: int, length: int) -> None:
+        super().__init__(BaseOptions())
+        self._cached = cached
+        self.distances = torch.zeros(total, length, dtype=torch.float64)
+        self._latest: deque[Tensor] = deque(maxlen=length)
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        if step.index == 0:
+            self._latest.clear()
+        feature = cast(Tensor, self._cached.feature)
+        self._latest.append(feature)
+        for distance, earlier in enumerate(reversed(self._latest)):
+            apart = (feature - earlier).abs().double().sum()
+            self.distances[step.index - distance, distance] += float(apart)
+        return prediction
 
 
 class CachedUNet(nn.Module):
@@ -126,3 +223,9 @@ class CachedUNet(nn.Module):
         rows = self._clock.rows
         feature = self.feature if rows is None else self.feature[rows]
         return feature if self.correction is None else cast(Tensor, self.correction(feature))
+
+
+def find_cache(network: nn.Module) -> CachedUNet | None:
+    """The cached U-Net that ``network`` is or wraps, if any."""
+    found = (module for module in network.modules() if isinstance(module, CachedUNet))
+    return next(found, None)

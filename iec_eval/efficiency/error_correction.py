@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -21,7 +21,7 @@ from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
-from iec_eval.efficiency.deepcache import CachedUNet
+from iec_eval.efficiency.deepcache import CachedUNet, find_cache
 from iec_eval.efficiency.quantized_layers import QuantizedLayer
 from iec_eval.efficiency.unet_walk import find_unet
 from iec_eval.errors import Incompatible
@@ -166,7 +166,7 @@ class _FitFeatures(DenoisingCallback):
 
 
 def _cached_unet(network: nn.Module, name: str) -> CachedUNet:
-    found = next((module for module in network.modules() if isinstance(module, CachedUNet)), None)
+    found = find_cache(network)
     if found is None:
         raise Incompatible(
             f"{name} corrects what a cached step recalls, and this network caches nothing; put "
@@ -187,6 +187,14 @@ class QuantizationCorrectionOptions(BaseOptions):
         description="which layers of the resnet that takes the cached feature; the released code "
         "corrects only conv_shortcut on CIFAR-10",
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: list[Layer]) -> list[Layer]:
+        for position, name in enumerate(layers):
+            if name in layers[:position]:
+                raise ValueError(f"{name} is listed twice")
+        return layers
 
 
 class QuantizationCorrection(EfficiencyMethod):
