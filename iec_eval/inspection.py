@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from iec_eval.assembly import artifact_keys
 from iec_eval.cost import evaluation_cost, expected_evaluations
@@ -129,5 +130,7 @@ def _options(cls: Any) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A default as a JSON value."""
+    """A default as a JSON value; options in options stand for their own defaults."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
     return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)

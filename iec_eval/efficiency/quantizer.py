@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 Search = Literal["mse", "max", "percentile"]
+DEBUG_BITS = 16
 SHRINKS = tuple(round(1 - 0.02 * i, 2) for i in range(40))  # 1.00, 0.98, ..., 0.22
 POWER = 2.4
-SAMPLES = 8192
+SAMPLES = 4096
 CELLS = 2**18  # candidates are scored in groups that need no more numbers than this at once
 
 
@@ -71,7 +72,8 @@ def find_grid(
 
     Args:
         x: what will be quantized.
-        bits: of the codes.
+        bits: of the codes. With 16, for debugging, twice the range is spanned whatever the search:
+            there are levels enough, and nothing near the range is clipped.
         search: ``max`` spans the whole range [min, max]; ``percentile`` the range between the
             percentiles ``100 - p`` and ``p``; ``mse`` the range [s min, s max] whose rounding
             error, the mean of |x - Q(x)|^2.4, is least among s = 1.00, 0.98, ..., 0.22.
@@ -82,7 +84,9 @@ def find_grid(
         samples: score with at most so many values of a row, at fixed pseudo-random places; the
             minimum and maximum are always those of all values. None: with all of them.
     """
-    low, high = torch.aminmax(x, dim=1)
+    low, high = _range(x)
+    if bits >= DEBUG_BITS:
+        return _grid(2 * low, 2 * high, bits)
     if search == "max":
         return _official_span(low, high, bits) if official else _grid(low, high, bits)
     drawn = _some(x, samples)
@@ -94,6 +98,14 @@ def find_grid(
     if official:
         return _official_shrunk(shrink, low, high, bits)
     return _grid(shrink * low, shrink * high, bits)
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each row; for one row in the way that is fast on the CPU."""
+    if len(x) > 1:
+        return torch.aminmax(x, dim=1)
+    low, high = torch.aminmax(x)
+    return low[None], high[None]
 
 
 def _grid(low: Tensor, high: Tensor, bits: int) -> Grid:

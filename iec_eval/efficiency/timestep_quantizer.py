@@ -25,7 +25,7 @@ from iec_eval.efficiency.quantized_layers import (
     check_quantizable,
     insert_quantizers,
 )
-from iec_eval.efficiency.quantizer import SAMPLES, Grid, Search
+from iec_eval.efficiency.quantizer import DEBUG_BITS, SAMPLES, Grid, Search
 from iec_eval.efficiency.unet_walk import core_of, skip_splits
 from iec_eval.errors import ConfigError
 from iec_eval.options import BaseOptions
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
 EDGES = ("conv_in", "conv_out")
-DEBUG_BITS = 16
 Granularity = Literal["tensor", "channel"]
 
 
@@ -59,6 +58,9 @@ class TimestepQuantizerOptions(BaseOptions):
     )
     search_samples: int | None = Field(
         SAMPLES, ge=1, description="values of an activation that score a grid; null: all of them"
+    )
+    images: int = Field(
+        64, ge=1, description="calibration images that activation ranges are taken of, at most"
     )
     activations: Granularity = Field(
         "tensor", description="one activation grid per tensor, or per input channel of a layer"
@@ -97,7 +99,7 @@ class TimestepQuantizer(EfficiencyMethod):
         core = core_of(bench.network)
         network = self._insert(core, bench.clock)
         try:
-            bench.run([_Observe(network.switch)])
+            bench.run([_Observe(network.switch)], images=self.options.images)
             search = self._search()
             found = {n: layer.find_weight_grids(search) for n, layer in network.layers.items()}
             return _as_tensors(found, ".weight") | _as_tensors(
