@@ -224,6 +224,23 @@ def test_fewer_bits_are_worse() -> None:
     assert errors[0] < 0.1
 
 
+@pytest.mark.parametrize(("there", "most", "taken"), [(1, 64, 1), (512, 3, 3), (70, 70, 70)])
+def test_any_number_of_calibration_images_will_do(there: int, most: int, taken: int) -> None:
+    """As many are denoised as the option says, in batches whose ranges are averaged."""
+    model, clock, seen = TinyModel(), Clock(STEPS), list[int]()
+
+    class Counting(Bench):
+        def run(self, callbacks: Any, *, images: int | None = None, **more: Any) -> None:
+            seen.append(min(self.images, images or self.images))
+            super().run(callbacks, images=images, **more)
+
+    method = build(TimestepQuantizer, {"search": "max", "images": most})
+    artifact = method.calibrate(Counting(model.load(), clock, model, ddim(steps=STEPS), 1, there))
+    assert seen == [taken]
+    assert all(table.isfinite().all() for table in artifact.values())
+    assert first_prediction(method.apply(model.load(), clock, artifact), model, clock).std() > 0
+
+
 def processors_of(network: nn.Module) -> list[type[Any]]:
     return [type(m.processor) for m in network.modules() if isinstance(m, Attention)]
 

@@ -13,8 +13,10 @@ full-precision one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from iec_eval.clock import Clock
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
-from iec_eval.efficiency.deepcache import CachedUNet
+from iec_eval.efficiency.deepcache import find_cache
 from iec_eval.efficiency.quantized_layers import (
     ActivationQuantizer,
     LearnedWeights,
@@ -37,7 +39,7 @@ from iec_eval.efficiency.quantized_layers import (
 from iec_eval.efficiency.quantizer import Grid, clip, levels, round_through
 from iec_eval.efficiency.reconstruction_data import BlockData, Items, gather_items, squared_error
 from iec_eval.efficiency.unet_walk import core_of
-from iec_eval.errors import Incompatible
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.options import BaseOptions
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class ReconstructionOptions(BaseOptions):
     items: int = Field(
         1024, ge=1, description="network inputs to learn from, drawn over all steps and images"
     )
+    images: int = Field(64, ge=1, description="calibration images to draw them from, at most")
     rounding_rate: float = Field(1e-2, ge=0, description="learning rate of the rounding")
     scale_rate: float = Field(
         1e-4, ge=0, description="learning rate of activation scales, times their mean"
@@ -101,10 +104,11 @@ class ReconstructionOptions(BaseOptions):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("preset") not in RATES:
+        preset = given.get("preset") if isinstance(given, dict) else None
+        if not isinstance(preset, str) or preset not in RATES:
             return given
         names = ("rounding_rate", "scale_rate", "zero_rate", "weight_rate")
-        return {**dict(zip(names, RATES[given["preset"]], strict=True)), **given}
+        return {**dict(zip(names, RATES[preset], strict=True)), **given}
 
 
 class Reconstruction(EfficiencyMethod):
@@ -143,6 +147,12 @@ def _quantized(network: nn.Module) -> QuantizedNetwork:
     placed = find_quantized(core_of(network))
     if not placed.layers:
         raise Incompatible("reconstruction needs a quantized network: put a quantizer before it")
+    corrected = [name for name, layer in placed.layers.items() if layer.correction is not None]
+    if corrected:
+        raise Incompatible(
+            f"reconstruction changes what the correction of {corrected[0]} was fitted to; put it "
+            "before quantization-correction"
+        )
     return placed
 
 
@@ -238,28 +248,28 @@ class _Workshop:
     def open(cls, bench: Bench, options: ReconstructionOptions) -> _Workshop:
         teacher = bench.model.load().to(bench.device).eval().requires_grad_(False)
         cache = find_cache(bench.network)
-        items = gather_items(bench, teacher, cache.cut if cache else None, options.items)
+        some = replace(bench, images=min(bench.images, options.images))
+        items = gather_items(some, teacher, cache.cut if cache else None, options.items)
+        if items.first_cached == 0:
+            raise ConfigError(
+                f"reconstruction: none of the {len(items.steps)} items is of a full step, which "
+                "the deep layers learn from; give more items"
+            )
         return cls(bench, options, teacher, items)
 
     def work(self) -> dict[str, Tensor]:
         """All blocks; each is saved as it is done."""
         placed = _quantized(self.bench.network)
-        before = {name: tensor.clone() for name, tensor in _state(placed).items()}
-        done = self.bench.draft.load()
-        take(placed, done)
-        blocks = self._blocks(placed)
-        self.bench.progress.start(len(blocks) * self.options.iterations)
-        try:
-            for number, block in enumerate(blocks):
-                if f"{block.name}.losses" in done:
-                    self.bench.progress.advance(self.options.iterations)
-                    continue
+        with _left_as_it_was(self.bench, placed):
+            done = self.bench.draft.load()
+            take(placed, done)
+            blocks = enumerate(self._blocks(placed))
+            due = [(n, block) for n, block in blocks if f"{block.name}.losses" not in done]
+            self.bench.progress.start(len(due) * self.options.iterations)
+            for number, block in due:
                 done.update(self._learn(block, placed, number))
                 take(placed, done)
                 self.bench.draft.save(done)
-        finally:
-            self.bench.clock.steps = None
-            take(placed, before)
         return done
 
     def _blocks(self, placed: QuantizedNetwork) -> list[_Block]:
@@ -267,9 +277,7 @@ class _Workshop:
         student, teacher = core_of(self.bench.network), core_of(self.teacher)
         wanted = BLOCKS if self.options.granularity == "block" else BLOCKS[:0]
         names = _outermost(student, wanted)
-        order = self.items.order_of_calls(
-            self.teacher, {n: teacher.get_submodule(n) for n in names}
-        )
+        order = self.items.order_of_calls(self.teacher, _counterparts(teacher, names))
         shallow = self.items.called_when_cached(
             self.bench, {name: student.get_submodule(name) for name in names}
         )
@@ -288,7 +296,8 @@ class _Workshop:
         data = self.items.of_block(
             self.bench, self.teacher, block.student, block.teacher, self.options.quantized_inputs
         )
-        generator = torch.Generator().manual_seed(self.bench.seed * 1_000_003 + number)
+        seed = (self.bench.seed * 1_000_003 + number) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         before = data.loss(self.bench, block.student)
         learner.begin()
         try:
@@ -299,16 +308,16 @@ class _Workshop:
         learned = learner.hardened()
         take(placed, learned)
         after = data.loss(self.bench, block.student)
-        if after > before:  # hardening lost more than learning won
+        if not after <= before:  # hardening lost more than learning won, or learning diverged
             learned = learner.undo()
         losses = torch.tensor([before, soft, after], dtype=torch.float64)
         return {**learned, f"{block.name}.losses": losses}
 
     def _descend(self, learner: _Learner, data: BlockData, generator: torch.Generator) -> None:
-        """Adam on the block's error, its rates falling to zero along a cosine."""
+        """Adam on the block's error."""
         options, clock = self.options, self.bench.clock
         optimizer = torch.optim.Adam(learner.parameter_groups())
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations)
+        schedule = _fall(optimizer, options)
         for iteration in range(options.iterations):
             rows = torch.randint(len(data), (options.batch_size,), generator=generator)
             batch = data.batch(rows, self.bench.device, generator)
@@ -347,7 +356,7 @@ class _Learner:
             path = name.removeprefix(block.name).removeprefix(".")
             source = cast(Any, block.teacher.get_submodule(path) if path else block.teacher)
             soft[name] = SoftRounding(layer, source.weight, source.bias, train_weights=trains)
-        original = _part_state(layers, quantizers)
+        original = _part_state(layers, quantizers) | (_biases(layers) if trains else {})
         return cls(block, layers, quantizers, soft, options, original)
 
     def begin(self) -> None:
@@ -355,6 +364,8 @@ class _Learner:
         for name, layer in self.layers.items():
             layer.learned = self.soft[name]
         for quantizer in self.quantizers.values():
+            # copies, to be changed in place: the tables may be those of an artifact
+            quantizer.set_grids(quantizer.scale.clone(), quantizer.zero_point.clone())
             quantizer.scale.requires_grad_(self.options.scale_rate > 0)
             quantizer.zero_point.requires_grad_(self.options.zero_rate > 0)
 
@@ -401,10 +412,24 @@ class _Learner:
         return self.original
 
 
-def find_cache(network: nn.Module) -> CachedUNet | None:
-    """The cached U-Net that ``network`` is or wraps, if any."""
-    found = (module for module in network.modules() if isinstance(module, CachedUNet))
-    return next(found, None)
+def _fall(
+    optimizer: torch.optim.Optimizer, options: ReconstructionOptions
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Rates fall to zero along a cosine, but that of the rounding, the first, not if annealed.
+
+    The regulariser decides most roundings in the last iterations: with a rate near zero they would
+    stay between up and down, and hardening would undo much of what was learned.
+    """
+
+    def cosine(iteration: int) -> float:
+        return (1 + math.cos(math.pi * iteration / options.iterations)) / 2
+
+    def constant(iteration: int) -> float:
+        return 1.0
+
+    rounding = constant if options.regularizer == "annealed" else cosine
+    others = len(optimizer.param_groups) - 1
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [rounding, *[cosine] * others])
 
 
 def _sharpness(share: float) -> float:
@@ -427,6 +452,17 @@ def _outermost(core: nn.Module, kinds: Sequence[type[nn.Module]]) -> list[str]:
         if isinstance(module, (QuantizedLayer, *kinds)) and name:
             names.append(name)
     return names
+
+
+def _counterparts(teacher: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of these names in the original network."""
+    modules = dict(teacher.named_modules())
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise Incompatible(
+            f"reconstruction compares layers by name, and the original network has no {missing[0]}"
+        )
+    return {name: modules[name] for name in names}
 
 
 def _weight_state(name: str, codes: Tensor, grid: Grid, bits: int) -> dict[str, Tensor]:
@@ -456,11 +492,25 @@ def _part_state(
     return made | _grid_state(quantizers)
 
 
-def _state(placed: QuantizedNetwork) -> dict[str, Tensor]:
-    """Everything that learning may change."""
-    biases = {
-        f"{name}.bias": cast(Tensor, layer.layer.bias)
-        for name, layer in placed.layers.items()
-        if layer.layer.bias is not None
-    }
-    return _part_state(placed.layers, placed.quantizers()) | biases
+def _biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
+    biases = {name: cast(Tensor | None, layer.layer.bias) for name, layer in layers.items()}
+    return {f"{n}.bias": b.detach().cpu().clone() for n, b in biases.items() if b is not None}
+
+
+@contextmanager
+def _left_as_it_was(bench: Bench, placed: QuantizedNetwork) -> Iterator[None]:
+    """Within the block network and clock may be changed; after it they are as before."""
+    clock, cache = bench.clock, find_cache(bench.network)
+    position, feature = dict(vars(clock)), cache.feature if cache else None
+    weights = [(x, x.grid, x.layer.weight, x.layer.bias) for x in placed.layers.values()]
+    grids = [(q, q.scale, q.zero_point) for q in placed.quantizers().values()]
+    try:
+        yield
+    finally:
+        vars(clock).update(position)
+        if cache is not None:
+            cache.feature = feature
+        for layer, grid, weight, bias in weights:
+            layer.grid, layer.layer.weight, layer.layer.bias = grid, weight, bias
+        for quantizer, *tables in grids:
+            quantizer.set_grids(*tables)

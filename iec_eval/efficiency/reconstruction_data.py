@@ -7,7 +7,7 @@ computes it at the latest full step of the same trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -222,11 +222,13 @@ def gather_items(bench: Bench, teacher: nn.Module, cut: int | None, count: int) 
     Args:
         bench: of the quantized network; its clock says which steps are full.
         teacher: the full-precision network, not cached.
-        cut: of the cache, None without one.
+        cut: of the cache; None without one, or with one of another kind, whose cached steps
+            are then left out.
         count: number of items; all there are, if fewer.
     """
     clock = Clock(bench.clock.total)
-    recorder = _Recorder(bench, clock, count)
+    steps = bench.clock.full_steps if cut is None else range(clock.total)
+    recorder = _Recorder(bench, clock, count, steps)
     network = teacher if cut is None else CachedUNet(teacher, cut, clock)
     handles = [
         network.register_forward_pre_hook(recorder.before, with_kwargs=True),
@@ -241,13 +243,14 @@ def gather_items(bench: Bench, teacher: nn.Module, cut: int | None, count: int) 
 
 
 class _Recorder:
-    """Keeps randomly drawn rows of the batches that a network is given."""
+    """Keeps randomly drawn rows of the batches that a network is given at ``steps``."""
 
-    def __init__(self, bench: Bench, clock: Clock, count: int) -> None:
+    def __init__(self, bench: Bench, clock: Clock, count: int, steps: Collection[int]) -> None:
         self._clock, self._full_steps = clock, bench.clock.full_steps
         self._random = torch.Generator().manual_seed(bench.seed)
-        self._rows_due = count
-        self._evaluations_left = -(-bench.images // 64) * clock.total
+        self._steps = frozenset(steps)
+        rows_of_an_image = 2 if bench.model.condition(range(1)).guided else 1
+        self._rows_due, self._rows_left = count, len(steps) * bench.images * rows_of_an_image
         self._arguments: Arguments | None = None
         self._start: Tensor | None = None
         self._kept: list[tuple[Arguments, int, Tensor | None]] = []
@@ -260,6 +263,8 @@ class _Recorder:
         step = self._clock.step
         if isinstance(network, CachedUNet) and step in self._full_steps:
             self._start = cast(Tensor, network.feature)
+        if step not in self._steps:
+            return
         rows = self._draw(len(self._arguments.positional[0]))
         if not len(rows):
             return
@@ -280,9 +285,9 @@ class _Recorder:
         )
 
     def _draw(self, batch: int) -> Tensor:
-        """Rows of this batch to keep, so that in the end about as many come from each."""
-        expected = self._rows_due / max(1, self._evaluations_left)
-        self._evaluations_left -= 1
+        """Rows of this batch to keep, so that in the end all rows were as likely."""
+        expected = self._rows_due * batch / self._rows_left
+        self._rows_left -= batch
         extra = float(torch.rand(1, generator=self._random)) < expected % 1
         wanted = min(batch, int(expected) + extra)
         self._rows_due -= wanted

@@ -1,0 +1,171 @@
+"""What an evaluation costs: as counted, by hand, and in measured time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from helpers import build, ddim
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from iec_eval.assembly import plan_study
+from iec_eval.calibration import Bench
+from iec_eval.clock import Clock
+from iec_eval.cost import EvaluationCost, evaluation_cost
+from iec_eval.efficiency.deepcache import CachedUNet
+from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
+from iec_eval.embedded import FASHION_MNIST
+from iec_eval.models.hooks import iec_eval_models
+from iec_eval.plugins import load_registry
+from iec_eval.study import load
+
+REPETITIONS = 9
+
+
+MACS_1X1 = 8 * 8  # of one pair of channels, on the images of the toy
+Cost = Callable[..., EvaluationCost]
+
+
+@pytest.fixture
+def cost(write_study: Callable[..., Path], tmp_path: Path) -> Cost:
+    """``cost(*efficiency)`` is the cost of a row with these methods."""
+
+    def count(*efficiency: dict[str, Any]) -> EvaluationCost:
+        rows = [{"name": "row", "efficiency": list(efficiency)}]
+        study = load(str(write_study(tmp_path, variants=rows)))
+        (plan,) = plan_study(study, load_registry())
+        return evaluation_cost(plan)
+
+    return count
+
+
+def quantizer(**options: Any) -> dict[str, Any]:
+    return {"name": "timestep-quantizer", **options}
+
+
+def test_bit_operations_count_the_bits_of_both_operands(cost: Cost) -> None:
+    plain, w8a8 = cost().full, cost(quantizer()).full
+    assert plain.bit_operations == 32 * 32 * plain.macs
+    assert w8a8.macs == plain.macs
+    assert w8a8.bit_operations == 8 * 8 * plain.macs  # no product is left out
+    fewer = cost(quantizer(weight_bits=4, activation_bits=6, softmax_bits=5)).full
+    # the first and last layer, 3x3 between 1 and 8 channels, at 8 bits each
+    edges = 2 * 9 * 8 * MACS_1X1
+    products = attention_macs(cost)
+    layers = plain.macs - edges - 2 * products
+    wanted = 64 * edges + 4 * 6 * layers + (6 * 6 + 5 * 6) * products
+    assert fewer.bit_operations == wanted
+
+
+def attention_macs(cost: Cost) -> int:
+    """Of one of the two products, of all attentions: by what one more bit of softmax adds."""
+    more, less = (cost(quantizer(softmax_bits=bits)).full.bit_operations for bits in (8, 7))
+    return (more - less) // 8
+
+
+def test_attention_products_by_hand(cost: Cost) -> None:
+    # 4 x 4 positions attend to each other, 16 channels, in 4 attentions
+    assert attention_macs(cost) == 4 * 16 * 16 * 16
+
+
+def test_weights_take_the_bytes_of_their_bits(cost: Cost) -> None:
+    sizes = {bits: cost(quantizer(weight_bits=bits)).weight_bytes for bits in (8, 4)}
+    assert sizes[4] < sizes[8] < cost().weight_bytes / 2
+    cached = cost({"name": "deepcache", "interval": 2}, quantizer()).weight_bytes
+    corrected = cost({"name": "cachequant", "interval": 2}).weight_bytes
+    # per step: a, b of the feature's channels, alpha, beta of the outputs of two layers
+    assert corrected - cached == 4 * 5 * 2 * (8 + 8 + 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (FASHION_MNIST / "unet").is_dir(), reason="its weights are not here")
+@torch.inference_mode()
+def test_a_simulated_quantized_evaluation_is_not_absurdly_slow() -> None:
+    """At most 1.6 of a full-precision one: weights are quantized once, not at every call."""
+    cls = next(cls for cls in iec_eval_models() if cls.name == "fashion-mnist")
+    model = build(cls)
+    clock, plain = Clock(2), model.load()
+    quantized = build(TimestepQuantizer).apply(model.load(), clock, grids(model))
+    sample, when = torch.randn(32, *model.shape), torch.full((32,), 500.0)
+    inputs = model.condition(range(32)).inputs
+    with one_thread():
+        for network in (plain, quantized):
+            network(sample, when, **inputs)
+        pairs = [
+            tuple(seconds(lambda n=network: n(sample, when, **inputs)) for network in both)
+            for both in [(quantized, plain)] * REPETITIONS
+        ]
+    assert median(slow / fast for slow, fast in pairs) < 1.6
+
+
+def grids(model: Any) -> dict[str, Tensor]:
+    bench = Bench(model.load(), Clock(2), model, ddim(steps=2), seed=1, images=4)
+    made: dict[str, Tensor] = build(TimestepQuantizer, {"search": "max"}).calibrate(bench)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [2, 3])
+@torch.inference_mode()
+def test_time_of_a_cached_evaluation_is_its_share_of_the_arithmetic(cut: int) -> None:
+    """Within 15 %, on a network of convolutions large enough to measure."""
+    clock = Clock(2, [0])
+    cached = CachedUNet(large_network(), cut, clock)
+    sample, when = torch.randn(2, 3, 32, 32), torch.full((2,), 500.0)
+
+    def evaluate(full: bool) -> Tensor:
+        clock.full = full
+        output: Tensor = cached(sample, when)
+        return output
+
+    with one_thread():
+        evaluate(True)
+        share = flops(lambda: evaluate(False)) / flops(lambda: evaluate(True))
+        # in pairs, so that whatever slows the machine down for a while slows both; processor time,
+        # so that waiting for it does not count
+        pairs = [(seconds(lambda: evaluate(False)), seconds(lambda: evaluate(True)))
+                 for _ in range(REPETITIONS)]  # fmt: skip
+    measured = median(short / long for short, long in pairs)
+    assert 0.2 < share < 0.8
+    assert measured == pytest.approx(share, rel=0.15)
+
+
+def large_network() -> Any:
+    """As wide at every level, so that norms take the same part of the time everywhere."""
+    network: Any = UNet2DModel(
+        sample_size=32,
+        layers_per_block=2,
+        block_out_channels=(96, 96, 96),
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+        add_attention=False,
+    )
+    return network.eval()
+
+
+def flops(run: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
