@@ -954,6 +954,15 @@ def test_rates_fall_along_a_cosine_but_for_the_annealed_rounding(
         )
 
 
+def test_the_regulariser_leaves_little_to_hardening() -> None:
+    """What is learned is decided while it is learned; without it hardening loses much of it."""
+    options = {"iterations": 300, "rounding_rate": 0.05, "regularizer_weight": 0.3}
+    decided = losses(learn(quantized(), **options))
+    assert all(hard < 1.15 * soft for _, soft, hard in decided.values())
+    left = losses(learn(quantized(), **options, regularizer="official"))
+    assert any(hard > 1.5 * soft for _, soft, hard in left.values())
+
+
 def test_nothing_is_learned_at_a_rate_of_zero(rates_used: list[list[tuple[int, float]]]) -> None:
     learn(quantized(), iterations=1, rounding_rate=0.02, scale_rate=0, zero_rate=0)
     assert rates_used == [[(1, 0.02)]] * 3
