@@ -342,7 +342,7 @@ def spy(learned: list[str]) -> Callable[..., Any]:
 
 def killed_after_some_blocks(process: Any, out: Path) -> int:
     """Kill the process when the draft has two blocks; how many it has in the end."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if blocks_done(out) >= 2:
             break
