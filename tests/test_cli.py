@@ -104,7 +104,8 @@ def test_models_lists_every_part_with_its_options(cli: Cli) -> None:
         "name": "interval",
         "required": True,
         "default": None,
-        "description": "every N-th step is full, starting with step 0",
+        "description": "every N-th step is full, starting with step 0; on average, where the "
+        "schedule is not uniform",
     }
     text = cli("models").stdout
     for part in parts:

@@ -270,10 +270,10 @@ def test_every_distance_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 10}, "interval 10 is too large for the run of 9 steps; give at most 9"),
+        ({"interval": 10}, "interval 10 is longer than the run of 9 steps; give at most 9"),
         (
             {"interval": 3, "schedule": "centred-power", "center": 9},
-            "center 9 is too large for the run of 9 steps; give at most 8",
+            "center 9 is beyond the run of 9 steps; give at most 8",
         ),
     ],
 )

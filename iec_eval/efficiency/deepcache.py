@@ -44,7 +44,11 @@ TOGETHER = 8  # images whose features of 2N steps are in memory at once
 class DeepCacheOptions(BaseOptions):
     """Options of DeepCache."""
 
-    interval: int = Field(ge=1, description="N: about every N-th step is full, the first is step 0")
+    interval: int = Field(
+        ge=1,
+        description="every N-th step is full, starting with step 0; on average, where the "
+        "schedule is not uniform",
+    )
     cut: int = Field(
         1,
         ge=1,
@@ -107,15 +111,16 @@ class DeepCache(EfficiencyMethod):
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:
         """As the schedule says; before ``dps`` is calibrated, as many as it will have."""
         options = self.options
-        for name, value, most in (
-            ("interval", options.interval, total),
-            ("center", options.center, total - 1),
-        ):
-            if value > most:
-                raise ConfigError(
-                    f"deepcache: {name} {value} is too large for the run of {total} steps; give "
-                    f"at most {most}"
-                )
+        if options.interval > total:
+            raise ConfigError(
+                f"deepcache: interval {options.interval} is longer than the run of {total} "
+                f"steps; give at most {total}"
+            )
+        if options.center >= total:
+            raise ConfigError(
+                f"deepcache: center {options.center} is beyond the run of {total} steps; "
+                f"give at most {total - 1}"
+            )
         if options.schedule == "power":
             return power_schedule(total, options.interval, options.power)
         if options.schedule == "centred-power":
