@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from iec_eval.assembly import plan_study
 from iec_eval.cli.main import cli
 from iec_eval.options import validated
 from iec_eval.plugins import load_registry
@@ -47,6 +48,17 @@ def test_the_study_is_a_whole_one(tmp_path):
     names = [row.name for row in load(str(path)).experiments()]
     assert names[-1] == "DeepCache N=10 + IEC"
     assert validated(Study, yaml.safe_load(text), "README").images.count == 5000
+
+
+def test_the_variants_fit_into_the_study():
+    """Rows of efficiency methods, shown on their own, as rows of the whole study."""
+    (text,), (rows,) = blocks("yaml"), blocks("yml")
+    study = {**yaml.safe_load(text), "variants": yaml.safe_load(rows)}
+    plans = plan_study(validated(Study, study, "README"), load_registry())
+    parts = {plan.experiment.name: [part.name for part in plan.parts()] for plan in plans}
+    assert parts["W4A8"] == ["timestep-quantizer", "reconstruction"]
+    assert parts["CacheQuant"][-1] == "quantization-correction"
+    assert parts["CacheQuant W4A8"][-1] == "reconstruction"
 
 
 def test_the_plugin_works_and_keeps_the_contract():
