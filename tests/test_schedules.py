@@ -233,6 +233,15 @@ def test_dps_is_calibrated_on_the_features_of_full_trajectories(interval: int) -
     assert bench.clock.full_steps == frozenset(range(STEPS))
 
 
+def test_dps_sees_every_step_whatever_is_cached_before_it() -> None:
+    method = build(DeepCache, {"interval": 4, "cut": 2, "schedule": "dps"})
+    wanted = method.calibrate(bench_of(TinyModel()))
+    bench = bench_of(TinyModel())
+    bench.clock.full_steps = frozenset({0, 4})
+    assert torch.equal(method.calibrate(bench)["full_steps"], wanted["full_steps"])
+    assert bench.clock.full_steps == {0, 4}
+
+
 def test_dps_looks_at_so_many_images_at_most() -> None:
     options = {"interval": 4, "cut": 2, "schedule": "dps", "schedule_images": 3}
     few = build(DeepCache, options).calibrate(bench_of(TinyModel(), images=3))
