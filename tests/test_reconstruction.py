@@ -528,7 +528,7 @@ def test_features_are_those_of_the_same_trajectory_at_its_latest_full_step(cut: 
     bench = quantized("classes", cut=cut, images=5)
     items = gather_items(bench, bench.model.load(), cut, 30)
     shown, entered = trajectories(bench, cut, 5)
-    labels = labels_of(bench, 5)
+    labels, rows = labels_of(bench, 5), set[int]()
     assert len(items.steps) == 30
     assert items.features is not None
     assert len(items.features) == 30 - items.first_cached
@@ -536,11 +536,13 @@ def test_features_are_those_of_the_same_trajectory_at_its_latest_full_step(cut: 
         sample, time = (x[index] for x in items.arguments.positional)
         assert float(time) == bench.sampler.timesteps[step]
         row = row_of(sample, shown[step], labels, items.arguments.named["class_labels"][index])
+        rows.add(row)
         assert (step in FULL) == (index < items.first_cached)
         if step not in FULL:
             latest = max(full for full in FULL if full <= step)
             feature = items.features[index - items.first_cached]
             torch.testing.assert_close(feature, entered[latest][row])
+    assert rows == set(range(10))  # every image, with its condition and without
 
 
 def test_items_are_of_every_step_and_none_twice() -> None:

@@ -359,6 +359,16 @@ def test_plot_labels_do_not_cover_each_other() -> None:
         assert apart, (one, other)
 
 
+def test_a_label_that_stands_away_is_tied_to_its_point() -> None:
+    def lines(rows: int) -> int:
+        svg = quality_plot(toy(*(row(f"long name {n}", 9.0, 100 + n / 1000) for n in range(rows))))
+        assert svg is not None
+        return len(re.findall(r'style="[^"]*stroke-width: 0\.7', svg))
+
+    assert lines(1) == 0  # beside its point
+    assert lines(14) >= 3
+
+
 def test_there_is_no_plot_without_cost_or_quality() -> None:
     assert quality_plot(toy()) is None
     bare = Variant(name="a", fingerprint="b", metrics={"fid": Measurement(value=1.0)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ _RC: Mapping[str, Any] = {
 }
 _SIZE = (5.2, 3.8)  # inches: text is still readable at the width of a phone
 _CLEARANCE = 5.0  # pixels that a label keeps from points and arrows
+_NEAR = 14.0  # points: a label further from its point is tied to it by a line
 _ARROW_PARTS = 24  # places along an arrow that labels avoid
 
 
@@ -142,11 +144,20 @@ def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
     frame = axes.get_window_extent()
     taken = [_surroundings(axes, *place) for place in _occupied(points)]
     for point in sorted(points, key=lambda point: (point.cost, point.quality)):
-        place = (point.cost, point.quality)
-        label = axes.annotate(point.name, place, (0, 0), textcoords="offset points", fontsize=10)
+        where = (point.cost, point.quality)
+        label = axes.annotate(point.name, where, (0, 0), textcoords="offset points", fontsize=10)
         label.set_in_layout(False)  # or the axes would move once it is placed
         best = min(_PLACES, key=lambda place: _overlap(_move(label, place), taken, frame))
         taken.append(_move(label, best))
+        if math.hypot(*best[:2]) > _NEAR:
+            _draw_leader(axes, where, best)
+
+
+def _draw_leader(axes: Axes, point: tuple[float, float], place: _Place) -> None:
+    """A thin line from a point to its label, which stands away from it."""
+    line = {"arrowstyle": "-", "color": _INK, "alpha": 0.5, "linewidth": 0.7, "shrinkA": 0}
+    leader = axes.annotate("", point, place[:2], textcoords="offset points", arrowprops=line)
+    leader.set_in_layout(False)
 
 
 _Place = tuple[float, float, str, str]
