@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser, Step, denoise
+from iec_eval.embedded import FASHION_MNIST
+from iec_eval.models.base import DiffusionModel
+from iec_eval.models.hooks import iec_eval_models
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions, validated
 from iec_eval.samplers.base import Sampler
@@ -34,6 +37,15 @@ def ddim(**options: Any) -> DDIM:
     """A DDIM sampler on the DDPM schedule."""
     sampler: DDIM = build(DDIM, options, SCHEDULE)
     return sampler
+
+
+def packaged() -> DiffusionModel:
+    """The packaged model; skips the test where its weights are not there."""
+    if not (FASHION_MNIST / "unet").is_dir():
+        pytest.skip("the packaged model's weights are not here")
+    cls = next(cls for cls in iec_eval_models() if cls.name == "fashion-mnist")
+    model: DiffusionModel = build(cls)
+    return model
 
 
 class FixedNoise(Noise):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ConvNet, build, ddim, run
+from helpers import ConvNet, build, ddim, packaged, run
 from torch import Tensor
 
 from iec_eval.calibration import Bench
@@ -21,10 +21,8 @@ from iec_eval.efficiency.error_correction import CacheCorrection, QuantizationCo
 from iec_eval.efficiency.hooks import iec_eval_efficiency_methods
 from iec_eval.efficiency.reconstruction import Reconstruction
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
-from iec_eval.embedded import FASHION_MNIST
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.models.base import DiffusionModel
-from iec_eval.models.hooks import iec_eval_models
 from iec_eval.noise import Noise
 from iec_eval.testing import TinyModel, check_efficiency_method
 from iec_eval.testing.tiny import TinyOptions
@@ -222,7 +220,6 @@ def latents(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (FASHION_MNIST / "unet").is_dir(), reason="its weights are not here")
 def test_corrections_bring_the_packaged_model_nearer_to_full_precision() -> None:
     """On images of other noise than they were fitted on."""
     model, steps = packaged(), 10
@@ -240,12 +237,6 @@ def test_corrections_bring_the_packaged_model_nearer_to_full_precision() -> None
     }
     assert away["cached, corrected"] < 0.7 * away["cached"]
     assert away["cachequant"] < 0.95 * away["stacked"]
-
-
-def packaged() -> DiffusionModel:
-    cls = next(cls for cls in iec_eval_models() if cls.name == "fashion-mnist")
-    model: DiffusionModel = build(cls)
-    return model
 
 
 def test_cachequant_equals_its_stages_written_out() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
-from helpers import build, ddim
+from helpers import build, ddim, packaged
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,8 +22,6 @@ from iec_eval.clock import Clock
 from iec_eval.cost import EvaluationCost, evaluation_cost
 from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
-from iec_eval.embedded import FASHION_MNIST
-from iec_eval.models.hooks import iec_eval_models
 from iec_eval.plugins import load_registry
 from iec_eval.study import load
 
@@ -86,12 +84,10 @@ def test_weights_take_the_bytes_of_their_bits(cost: Cost) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (FASHION_MNIST / "unet").is_dir(), reason="its weights are not here")
 @torch.inference_mode()
 def test_a_simulated_quantized_evaluation_is_not_absurdly_slow() -> None:
     """At most 1.6 of a full-precision one: weights are quantized once, not at every call."""
-    cls = next(cls for cls in iec_eval_models() if cls.name == "fashion-mnist")
-    model = build(cls)
+    model = packaged()
     clock, plain = Clock(2), model.load()
     quantized = build(TimestepQuantizer).apply(model.load(), clock, grids(model))
     sample, when = torch.randn(32, *model.shape), torch.full((32,), 500.0)

@@ -1,7 +1,7 @@
 """CacheQuant (Liu et al., CVPR 2025): cache and quantize at once, and correct for both.
 
-Stacking a cache and a quantizer adds up more error than either makes. CacheQuant chooses the full
-steps so that recalling loses least, and undoes what is left by affine maps.
+Stacking a cache and a quantizer adds up more error than either makes. CacheQuant undoes much of it
+by affine maps, and with ``schedule: dps`` chooses the full steps so that recalling loses least.
 """
 
 from __future__ import annotations

@@ -102,10 +102,9 @@ class DeepCache(EfficiencyMethod):
         interval, total = self.options.interval, bench.clock.total
         cached = CachedUNet(bench.network, self.options.cut, bench.clock)
         observer = FeatureDistances(cached, total, min(2 * interval, total))
-        images = min(bench.images, self.options.schedule_images)
-        run = replace(bench, network=cached)
+        on_features, images = replace(bench, network=cached), self.options.schedule_images
         with bench.every_step_full():
-            run.run([observer], batch_size=TOGETHER, images=images)
+            on_features.run([observer], batch_size=TOGETHER, images=images)
         return {"full_steps": torch.tensor(dps_schedule(observer.distances, interval))}
 
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from iec_eval.clock import Clock
-from iec_eval.efficiency.deepcache import CachedUNet
+from iec_eval.efficiency.deepcache import CachedUNet, find_cache
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
@@ -205,7 +205,7 @@ class Items:
         clock.evaluation, clock.store, clock.full = 0, True, bool(part[0] < self.first_cached)
         if not clock.full:
             assert self.features is not None
-            cache = next(m for m in bench.network.modules() if isinstance(m, CachedUNet))
+            cache = cast(CachedUNet, find_cache(bench.network))
             cache.feature = self.features[part - self.first_cached].to(bench.device)
         self._run(bench.network, part, bench.device)
         clock.steps, clock.full = None, True
