@@ -1,0 +1,1 @@
+"""Original checkpoints of published diffusion models, made into folders in diffusers' layout."""
