@@ -103,6 +103,7 @@ class Step:
         images: indices of the batch's images.
         full: whether this step's evaluations run the whole network.
         draw: the noise the sampler will add; shared by every preview.
+        caches: whether some steps of the run do not run the whole network.
     """
 
     def __init__(
@@ -114,6 +115,16 @@ class Step:
         self.full = denoiser.clock.is_full(index)
         self.draw: Draw = noise.draw(index)
         self._evaluations = 0
+        self.caches = len(denoiser.clock.full_steps) < denoiser.clock.total
+
+    def begin(self) -> Tensor:
+        """The sampler's prediction for this step, which callbacks refine."""
+        self._state, prediction = self._sampler.evaluate(self._state, self)
+        return prediction
+
+    def finish(self, prediction: Tensor) -> State:
+        """The state after the step, taken with ``prediction``."""
+        return self._sampler.step(self._state, self.index, prediction, self.draw)
 
     @property
     def timestep(self) -> float:
@@ -156,7 +167,7 @@ class Step:
 
     def preview(self, prediction: Tensor) -> Tensor:
         """The sample the sampler would take with ``prediction``; commits nothing."""
-        return self._sampler.step(self._state, self.index, prediction, self.draw).sample
+        return self.finish(prediction).sample
 
     def fresh_draw(self) -> Draw:
         """Noise of this step that no earlier evaluation has used."""
@@ -178,10 +189,10 @@ def denoise(
     state = sampler.start(noise.initial())
     for index in range(len(sampler.timesteps)):
         step = Step(index, state, sampler, denoiser, noise)
-        prediction = step.predict(state.sample)
+        prediction = step.begin()
         for callback in callbacks:
             prediction = callback.refine(step, prediction)
-        state = sampler.step(state, index, prediction, step.draw)
+        state = step.finish(prediction)
         if between_steps is not None:
             between_steps(index + 1)
     return state.sample

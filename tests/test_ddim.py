@@ -53,9 +53,40 @@ def test_steps_that_do_nothing_leave_the_sample_as_it_is(eta: float) -> None:
     assert same == [93, 96, 97, 98]
 
 
+def test_ldm_timesteps_are_the_uniform_ones_one_later() -> None:
+    assert ddim_timesteps(10, "ldm", 1000) == tuple(range(901, 0, -100))
+    assert ddim_timesteps(500, "ldm", 1000) == tuple(range(999, 0, -2))
+    assert ddim_timesteps(1, "ldm", 1000) == (1,)
+
+
+def test_ldm_ends_at_the_noise_of_timestep_0() -> None:
+    """For an exact prediction the last state is sqrt(abar(0)) x0 + sqrt(1 - abar(0)) eps."""
+    sampler, noise = ddim(steps=10, spacing="ldm"), Noise(0, [0, 1], SHAPE)
+    x0, eps = torch.full((2, *SHAPE), 0.5), noise.initial()
+    abar = SCHEDULE.abar(sampler.timesteps[0])
+    state = sampler.start(math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps)
+    for index in range(10):
+        state = sampler.step(state, index, eps, noise.draw(index))
+    left = math.sqrt(SCHEDULE.abar(0)) * x0 + math.sqrt(1 - SCHEDULE.abar(0)) * eps
+    torch.testing.assert_close(state.sample, left, atol=5e-5, rtol=0)
+
+
 def test_more_steps_than_timesteps_is_an_error() -> None:
     with pytest.raises(ConfigError, match="1001 steps wanted, the model has 1000"):
         ddim(steps=1001)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (30, "30 steps do not divide the model's 1000 timesteps, .* takes more steps than asked"),
+        (1000, "1000 steps wanted; .* allow 500 at most"),
+        (1001, "1001 steps wanted, the model has 1000"),
+    ],
+)
+def test_steps_that_ldm_spacing_has_no_timesteps_for(steps: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ddim(steps=steps, spacing="ldm")
 
 
 def test_coefficients_are_those_of_the_two_stage_form() -> None:
@@ -118,6 +149,17 @@ def test_equals_the_scheduler_of_diffusers(steps: int, eta: float, clip: bool) -
     torch.testing.assert_close(ours, theirs, atol=limit, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ldm_spacing_is_that_of_diffusers_with_an_offset(steps: int, eta: float) -> None:
+    network, noise = ConvNet(), Noise(3, [0, 5], SHAPE)
+    ours = run(network, ddim(steps=steps, eta=eta, spacing="ldm"), noise)
+    offset = {"steps_offset": 1, "set_alpha_to_one": False}
+    theirs = diffusers_loop(network, noise, steps, eta, clip=False, **offset)
+    limit = 2e-5 * float(theirs.abs().max().clamp(min=1))
+    torch.testing.assert_close(ours, theirs, atol=limit, rtol=0)
+
+
 def test_clipping_makes_a_difference_here() -> None:
     network, noise = ConvNet(strength=2.0), Noise(3, [0, 5], SHAPE)
     clipped = run(network, ddim(steps=10, clip_sample=True), noise)
@@ -126,15 +168,18 @@ def test_clipping_makes_a_difference_here() -> None:
 
 
 @torch.no_grad()
-def diffusers_loop(network: nn.Module, noise: Noise, steps: int, eta: float, clip: bool) -> Tensor:
-    scheduler: Any = DDIMScheduler(
-        beta_start=1e-4,
-        beta_end=2e-2,
-        beta_schedule="linear",
-        clip_sample=clip,
-        set_alpha_to_one=True,
-        timestep_spacing="leading",
-    )
+def diffusers_loop(
+    network: nn.Module, noise: Noise, steps: int, eta: float, clip: bool, **options: Any
+) -> Tensor:
+    given: Any = {
+        "beta_start": 1e-4,
+        "beta_end": 2e-2,
+        "beta_schedule": "linear",
+        "clip_sample": clip,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "leading",
+    }
+    scheduler: Any = DDIMScheduler(**{**given, **options})
     scheduler.set_timesteps(steps)
     sample = noise.initial()
     for index, timestep in enumerate(scheduler.timesteps):

@@ -19,7 +19,7 @@ from iec_eval.callbacks.iec import IEC, Correction
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
 from iec_eval.efficiency.deepcache import CachedUNet, DeepCache
-from iec_eval.samplers.ddim import ddim_timesteps
+from iec_eval.samplers.ddim import DDIM, ddim_timesteps
 from iec_eval.schedule import NoiseSchedule
 from iec_eval.storage import load_weights
 
@@ -129,6 +129,43 @@ def test_ddim_timesteps(spacing: str, steps: int) -> None:
     tensors, _ = oracle("ddim_ddpm")
     wanted = tensors[f"out/{spacing}{steps}/timesteps"].tolist()
     assert list(ddim_timesteps(steps, spacing, 1000)) == wanted
+
+
+LDM_SCHEDULES = {
+    "church": NoiseSchedule.from_betas("scaled_linear", 1.5e-3, 1.55e-2),
+    "bedroom": NoiseSchedule.from_betas("scaled_linear", 1.5e-3, 1.95e-2),
+    "cin256": NoiseSchedule.from_betas("scaled_linear", 1.5e-3, 1.95e-2),
+    "sd": NoiseSchedule.from_betas("scaled_linear", 8.5e-4, 1.2e-2),
+}
+
+
+def test_ldm_timesteps() -> None:
+    tensors, _ = oracle("ldm_ddim")
+    recorded = {int(key[15:]): tensors[key] for key in tensors if key.startswith("out/timesteps/T")}
+    assert len(recorded) > 3
+    for steps, wanted in recorded.items():
+        if 1000 % steps:
+            assert len(wanted) > steps  # what is refused
+        else:
+            assert list(ddim_timesteps(steps, "ldm", 1000)) == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", LDM_SCHEDULES)
+def test_ldm_cumulative_products(name: str) -> None:
+    """The whole schedule; at every step, of the state it starts from and of the one it makes."""
+    tensors, _ = oracle("ldm_ddim")
+    schedule = LDM_SCHEDULES[name]
+    if f"out/{name}/alphas_cumprod" in tensors:
+        wanted = tensors[f"out/{name}/alphas_cumprod"]
+        torch.testing.assert_close(schedule.alphas_cumprod.float(), wanted, rtol=1e-6, atol=0)
+    runs = {"sd": ("plms_sd", "plms")}.get(name, ("ldm_ddim", f"{name}/ddim"))
+    for steps in (10, 20):
+        sampler = build(DDIM, {"steps": steps, "spacing": "ldm"}, schedule)
+        recorded = oracle(runs[0])[0]
+        abar = torch.tensor(sampler._abar)
+        start, made = (recorded[f"out/{runs[1]}{steps}/{key}"] for key in ("abar", "abar_prev"))
+        torch.testing.assert_close(abar[:-1], start, rtol=1e-6, atol=0)
+        torch.testing.assert_close(abar[1:], made, rtol=1e-6, atol=0)
 
 
 def test_cumulative_products() -> None:

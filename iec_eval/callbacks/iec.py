@@ -144,6 +144,8 @@ class IEC(DenoisingCallback):
                 "iec: the sampler clips the predicted image, which breaks the correction's "
                 "mathematics; switch clipping off or set allow_clipping: true"
             )
+        if sampler.uncorrectable and self.options.weights:
+            raise Incompatible(f"iec: sampler {sampler.name}: {sampler.uncorrectable}")
         corrected_steps(self.options.where, clock.total, clock.full_steps)
 
     def refine(self, step: Step, prediction: Tensor) -> Tensor:

@@ -261,6 +261,8 @@ class _Recorder:
     def after(self, network: nn.Module, args: Any, output: Any) -> None:
         assert self._arguments is not None
         step = self._clock.step
+        if self._clock.evaluation > 0:  # a sampler's further evaluations of a step
+            return
         if isinstance(network, CachedUNet) and step in self._full_steps:
             self._start = cast(Tensor, network.feature)
         if step not in self._steps:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from iec_eval.noise import Draw
 from iec_eval.options import BaseOptions
 from iec_eval.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from iec_eval.denoising import Step
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,15 @@ class Sampler(ABC):
         name: what studies call it.
         predictions: the kinds of network output it understands.
         clips: whether its options make it clip the predicted image.
+        uncorrectable: why refining its predictions makes no sense; empty: it does.
         timesteps: what the network is told at each step, noisiest first.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseOptions]] = BaseOptions
-    predictions: ClassVar[frozenset[str]] = frozenset({"epsilon"})
+    predictions: frozenset[str] = frozenset({"epsilon"})
     clips: bool = False
+    uncorrectable: str = ""
     timesteps: Sequence[float]
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
@@ -61,6 +66,14 @@ class Sampler(ABC):
     def network_input(self, state: State, index: int, sample: Tensor) -> Tensor:
         """``sample`` as the network wants to see it at step ``index``."""
         return sample
+
+    def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:
+        """The prediction for a step, and the state that :meth:`step` is to be given with it.
+
+        One evaluation of the network at the state's sample. A method that needs more for one
+        prediction overrides this, and may leave in the state's memory what it found on the way.
+        """
+        return state, step.predict(state.sample)
 
     @abstractmethod
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:

@@ -15,13 +15,17 @@ from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
 
+Spacing = Literal["uniform", "quad", "ldm"]
+
 
 class DDIMOptions(BaseOptions):
     """Options of the DDIM sampler."""
 
     steps: int = Field(100, ge=1, description="number of sampler steps T")
-    spacing: Literal["uniform", "quad"] = Field(
-        "uniform", description="uniform: every N/T-th timestep; quad: dense near the image"
+    spacing: Spacing = Field(
+        "uniform",
+        description="uniform: every N/T-th timestep; quad: dense near the image; ldm: uniform, one "
+        "later, ending at the noise of timestep 0, as latent diffusion's code does",
     )
     eta: float = Field(0.0, ge=0, description="0 is deterministic, 1 has the noise of DDPM")
     clip_sample: bool = Field(
@@ -30,7 +34,10 @@ class DDIMOptions(BaseOptions):
 
 
 class DDIM(Sampler):
-    """x' = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with the final abar' = 1."""
+    """x' = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with the final abar' = 1.
+
+    With spacing ``ldm`` the final abar' is that of timestep 0, so the last step leaves some noise.
+    """
 
     name = "ddim"
     Options = DDIMOptions
@@ -40,7 +47,8 @@ class DDIM(Sampler):
         self.timesteps = ddim_timesteps(options.steps, options.spacing, len(schedule))
         self.clips = options.clip_sample
         self._eta = options.eta
-        self._abar = [schedule.abar(t) for t in (*self.timesteps, -1)]
+        last = 0 if options.spacing == "ldm" else -1
+        self._abar = [schedule.abar(t) for t in (*self.timesteps, last)]
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         now, then = self._abar[index], self._abar[index + 1]
@@ -55,21 +63,46 @@ class DDIM(Sampler):
         return State(sample + sigma * draw.value if sigma else sample)
 
 
-def ddim_timesteps(steps: int, spacing: str, train_timesteps: int) -> tuple[int, ...]:
-    """Timesteps, noisiest first, as the DDIM authors' code spaces them.
+def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[int, ...]:
+    """Timesteps, noisiest first, as the DDIM and latent-diffusion authors' codes space them.
 
     ``uniform`` is i * (N // T); ``quad`` is floor(linspace(0, sqrt(0.8 N), T)^2), which repeats
-    small timesteps when T is large (T = 100 has 96 distinct ones).
+    small timesteps when T is large (T = 100 has 96 distinct ones); ``ldm`` is uniform plus one.
 
-    Raises ConfigError for more steps than training timesteps.
+    Raises ConfigError for more steps than training timesteps, and with ``ldm`` for a number that
+    does not divide them.
     """
     if steps > train_timesteps:
         raise ConfigError(f"ddim: {steps} steps wanted, the model has {train_timesteps} timesteps")
+    if spacing == "ldm":
+        return ldm_timesteps(steps, train_timesteps)
     if spacing == "uniform":
         rising = np.arange(steps, dtype=np.float64) * (train_timesteps // steps)
     else:
         rising = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
     return tuple(int(t) for t in reversed(rising))
+
+
+def ldm_timesteps(steps: int, train_timesteps: int) -> tuple[int, ...]:
+    """Timesteps 1 + i N / T, noisiest first.
+
+    Raises ConfigError unless T divides N: the original code then silently takes more steps than
+    it was asked for (31 for T = 30). T = N would begin after the last timestep, N - 1.
+    """
+    if steps >= train_timesteps:
+        raise ConfigError(
+            f"{steps} steps wanted; starting one timestep later than uniform, as latent "
+            f"diffusion's code does, the model's {train_timesteps} timesteps allow "
+            f"{train_timesteps // 2} at most"
+        )
+    if train_timesteps % steps:
+        raise ConfigError(
+            f"{steps} steps do not divide the model's {train_timesteps} timesteps, where latent "
+            "diffusion's code takes more steps than asked for; take a divisor, or another spacing "
+            "or sampler"
+        )
+    spacing = train_timesteps // steps
+    return tuple(1 + i * spacing for i in reversed(range(steps)))
 
 
 def ddim_coefficients(abar: float, abar_next: float, sigma: float = 0.0) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -87,9 +88,11 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two values are equal bit for bit, whatever they are made of."""
+    """Whether two values are equal bit for bit, whatever they are made of; NaN equals NaN."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second)
+        return torch.equal(first, second) or _equal_but_nan(first, second)
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return same(torch.from_numpy(first), torch.from_numpy(second))
     if type(first) is not type(second):
         return False
     if isinstance(first, Mapping):
@@ -100,6 +103,15 @@ def same(first: Any, second: Any) -> bool:
         names = [each.name for each in fields(first)]
         return all(same(getattr(first, name), getattr(second, name)) for name in names)
     return bool(first == second) or _same_inside(first, second)
+
+
+def _equal_but_nan(first: Tensor, second: Tensor) -> bool:
+    """Equal where they are numbers, and numbers in the same places."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(
+        first.nan_to_num(), second.nan_to_num()
+    )
 
 
 def _same_inside(first: Any, second: Any) -> bool:

@@ -43,7 +43,8 @@ def check_sampler(
     """Check that a sampler is pure and treats every image alike.
 
     Properties: ``declaration``, ``finite``, ``previews`` (needless ones leave no trace),
-    ``purity`` (a step called again gives the same and changes nothing it was given),
+    ``purity`` (evaluation and step called again give the same and change nothing they were given;
+    an evaluation leaves the sample),
     ``second trajectory``, ``fresh instance`` (the loop by hand on a new one), ``batch`` (five
     images together are five alone, up to ``tolerance`` of the largest value).
     """
@@ -69,12 +70,13 @@ class _SamplerCase:
 
     def declaration(self) -> None:
         check_declaration(self.cls)
-        kinds = self.cls.predictions
+        sampler = self.run().sampler
+        kinds = sampler.predictions
         ensure(
             bool(kinds) and kinds <= PREDICTIONS,
             f"predictions: wanted some of {', '.join(sorted(PREDICTIONS))}, got {set(kinds)}",
         )
-        timesteps = self.run().sampler.timesteps
+        timesteps = sampler.timesteps
         ensure(len(timesteps) > 0, "timesteps is empty")
         ensure(
             all(isinstance(t, int | float) and t >= 0 for t in timesteps),
@@ -96,15 +98,8 @@ class _SamplerCase:
     def purity(self) -> None:
         run = self.run()
         for index, done in reversed(list(enumerate(_steps_by_hand(run)))):
-            given = deepcopy((done.state, done.prediction))
-            again = run.sampler.step(done.state, index, done.prediction, done.draw)
-            ensure(same(again, done.after), f"step {index} called again gives another result")
-            shown = [
-                run.sampler.network_input(done.state, index, done.state.sample) for _ in range(2)
-            ]
-            ensure(same(shown[0], shown[1]), f"network_input {index} differs when called again")
-            now = (done.state, done.prediction)
-            ensure(same(now, given), f"step {index} changed the state or prediction it was given")
+            _check_step(run, index, done)
+            _check_evaluation(run, index, done)
 
     def second_trajectory(self) -> None:
         ensure_repeats(self.run())
@@ -124,6 +119,27 @@ class _SamplerCase:
         return Run(sampler, self.model.load(), Clock(len(sampler.timesteps)), self.model)
 
 
+def _check_step(run: Run, index: int, done: _Done) -> None:
+    given = deepcopy((done.state, done.prediction))
+    again = run.sampler.step(done.state, index, done.prediction, done.draw)
+    ensure(same(again, done.after), f"step {index} called again gives another result")
+    shown = [run.sampler.network_input(done.state, index, done.state.sample) for _ in range(2)]
+    ensure(same(shown[0], shown[1]), f"network_input {index} differs when called again")
+    now = (done.state, done.prediction)
+    ensure(same(now, given), f"step {index} changed the state or prediction it was given")
+
+
+def _check_evaluation(run: Run, index: int, done: _Done) -> None:
+    given = deepcopy(done.before)
+    state, prediction, _ = _evaluate(run, index, done.before)
+    ensure(same(done.before, given), f"evaluate {index} changed the state it was given")
+    ensure(
+        same((state, prediction), (done.state, done.prediction)),
+        f"evaluate {index} called again gives another result",
+    )
+    ensure(same(state.sample, given.sample), f"evaluate {index} gives a state with another sample")
+
+
 class _NeedlessPreviews(DenoisingCallback):
     """Looks at samples that are never taken."""
 
@@ -137,8 +153,9 @@ class _NeedlessPreviews(DenoisingCallback):
 
 @dataclass(frozen=True)
 class _Done:
-    """A step that was taken: what went in and what came out."""
+    """A step that was taken: what went in, what was evaluated and what came out."""
 
+    before: State
     state: State
     prediction: Tensor
     draw: Draw
@@ -147,13 +164,18 @@ class _Done:
 
 def _steps_by_hand(run: Run) -> list[_Done]:
     """The loop without :func:`denoise`, keeping every step."""
-    noise = Noise(SEED, IMAGES, run.model.shape)
-    denoiser = Denoiser(run.network, run.model.condition(IMAGES), run.clock)
-    state, done = run.sampler.start(noise.initial()), list[_Done]()
-    for index, timestep in enumerate(run.sampler.timesteps):
-        shown = run.sampler.network_input(state, index, state.sample)
-        prediction, draw = denoiser(shown, timestep), noise.draw(index)
+    before = run.sampler.start(Noise(SEED, IMAGES, run.model.shape).initial())
+    done = list[_Done]()
+    for index in range(len(run.sampler.timesteps)):
+        state, prediction, draw = _evaluate(run, index, before)
         after = run.sampler.step(state, index, prediction, draw)
-        done.append(_Done(state, prediction, draw, after))
-        state = after
+        done.append(_Done(before, state, prediction, draw, after))
+        before = after
     return done
+
+
+def _evaluate(run: Run, index: int, state: State) -> tuple[State, Tensor, Draw]:
+    """The first half of a step, and the noise for the second."""
+    denoiser = Denoiser(run.network, run.model.condition(IMAGES), run.clock)
+    step = Step(index, state, run.sampler, denoiser, Noise(SEED, IMAGES, run.model.shape))
+    return *run.sampler.evaluate(state, step), step.draw
