@@ -5,7 +5,7 @@ Everything that can be wrong is found here, before weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,26 @@ from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.metrics.base import Metric
+from iec_eval.metrics.base import Metric, PairedMetric
 from iec_eval.models.base import DiffusionModel
-from iec_eval.options import validated
+from iec_eval.options import BaseOptions, validated
 from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler
 from iec_eval.storage import RunFolder
-from iec_eval.study import Experiment, Part, Study
+from iec_eval.study import Experiment, Part, Study, digest, full_precision
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One experiment with its parts built: everything but the weights."""
+    """One experiment with its parts built: everything but the weights.
+
+    ``identity`` is the model's, asked for once: it takes hashing every file.
+    """
 
     experiment: Experiment
     model: DiffusionModel
+    identity: Mapping[str, str]
     sampler: Sampler
     methods: Sequence[EfficiencyMethod]
     callbacks: Sequence[DenoisingCallback]
@@ -81,28 +85,88 @@ class Assembly:
     clock: Clock
 
 
-def plan_study(study: Study, registry: Registry) -> list[Plan]:
-    """Plans for every row of a study, models and samplers shared where they are equal.
+def plan_study(study: Study, registry: Registry, lacking: list[str] | None = None) -> list[Plan]:
+    """Plans for every row of a study, which share the model.
+
+    What a model id names is downloaded. With a list ``lacking`` nothing is, and files that are
+    not there are no error but noted in it; such plans can be shown, not run.
 
     Raises UnknownName, ConfigError or Incompatible, saying in which row.
     """
-    model = build(registry, "model", study.model, "model")
-    identity = model.identity()
+    model = _model(registry, study.model, download=lacking is None)
+    missing = model.missing() if lacking is not None else []
+    identity = {} if missing else model.identity()
+    if lacking is not None:
+        lacking.extend(missing)
     run = study.execution
     batching = {"batch_size": run.batch_size, "chunk_size": run.chunk_size}
-    return [_plan(row, model, identity, batching, registry) for row in study.experiments()]
+    plans = [_plan(row, model, identity, batching, registry) for row in study.experiments()]
+    for plan in distinct_networks(plans).values():
+        _check_fit(plan)
+    return plans
 
 
-def plan_metrics(study: Study, registry: Registry, image_shape: Sequence[int]) -> list[Metric]:
-    """The study's metrics, prepared for its number of images and their shape."""
+def _model(registry: Registry, part: Part, *, download: bool) -> DiffusionModel:
+    cls, options = chosen(registry, "model", part, "model")
+    if download:
+        cls.fetch(options)
+    model: DiffusionModel = cls(options)
+    return model
+
+
+def distinct_networks(plans: Iterable[Plan]) -> dict[str, Plan]:
+    """One plan for each network that rows run, under the key that :func:`network_key` gives."""
+    found: dict[str, Plan] = {}
+    for plan in plans:
+        found.setdefault(network_key(plan), plan)
+    return found
+
+
+def network_key(plan: Plan) -> str:
+    """Equal for rows of one study whose methods, and so whose networks, are the same."""
+    return digest([plan.experiment.efficiency, plan.experiment.sampler])
+
+
+def plan_metrics(
+    study: Study,
+    registry: Registry,
+    model: DiffusionModel,
+    lacking: list[str] | None = None,
+) -> list[Metric]:
+    """The study's metrics, prepared for its model's images, their number and the rows there are.
+
+    With a list ``lacking``, files that are not there are no error but noted in it.
+
+    Raises UnknownName, ConfigError, Incompatible or CorruptFile for a metric that cannot be had.
+    """
     metrics: list[Metric] = []
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
-        metric.prepare(study.images.count)
+        if isinstance(metric, PairedMetric):
+            metric.reference_row = _reference_row(study, metric.name)
+        _prepare(metric, study.images.count, model, lacking)
         if metric.network is not None:
-            metric.network.check(image_shape)
+            metric.network.check(model.image_shape)
         metrics.append(metric)
     return metrics
+
+
+def _prepare(metric: Metric, count: int, model: DiffusionModel, lacking: list[str] | None) -> None:
+    if lacking is not None and (model.missing() or metric.missing()):
+        lacking += [line for line in metric.missing() if line not in lacking]
+        return
+    metric.bind(model)
+    metric.prepare(count)
+
+
+def _reference_row(study: Study, metric: str) -> str:
+    row = full_precision(study.experiments())
+    if row is None:
+        raise Incompatible(
+            f"{metric}: compares rows with the full-precision one, but study {study.study!r} has "
+            "no row without efficiency methods and callbacks; add controls: [full-precision]"
+        )
+    return row.name
 
 
 def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> Any:
@@ -110,12 +174,20 @@ def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> 
 
     Raises UnknownName for an unknown name, ConfigError for wrong options.
     """
+    cls, options = chosen(registry, kind, part, where)
+    return cls(options, *more)
+
+
+def chosen(registry: Registry, kind: str, part: Part, where: str) -> tuple[Any, BaseOptions]:
+    """The class that a part names, and its options.
+
+    Raises UnknownName for an unknown name, ConfigError for wrong options.
+    """
     if not isinstance(part.get("name"), str):
         raise ConfigError(f"{where}: wanted a name, got {part!r}")
     cls = registry.get(kind, part["name"])
     given = {key: value for key, value in part.items() if key != "name"}
-    options = validated(cls.Options, given, f"{where}: {part['name']}")
-    return cls(options, *more)
+    return cls, validated(cls.Options, given, f"{where}: {part['name']}")
 
 
 def assemble(plan: Plan, store: ArtifactStore | None = None) -> Assembly:
@@ -151,7 +223,7 @@ def artifact_keys(plan: Plan) -> list[tuple[EfficiencyMethod, str]]:
     """The parts with the keys of their artifacts, in order."""
     row = plan.experiment
     key = root_key(
-        {**row.model, "files": plan.model.identity()}, row.sampler, row.calibration.model_dump()
+        {**row.model, "files": dict(plan.identity)}, row.sampler, row.calibration.model_dump()
     )
     keyed = []
     for part in plan.parts():
@@ -180,6 +252,7 @@ class Calibrator:
         self, plan: Plan, network: nn.Module, clock: Clock, key: str, store: ArtifactStore | None
     ) -> Bench:
         progress = self.progress or Progress("steps", visible=False)
+        plan.model.to(self.device)
         return Bench(
             network=network.to(self.device).eval(),
             clock=clock,
@@ -212,7 +285,7 @@ def _plan(
     mixed = any(callback.depends_on_batch for callback in callbacks)
     versions = {part.name: part.version for method in methods for part in method.parts()}
     fingerprint = row.fingerprint(identity, batching if mixed else None, versions)
-    plan = Plan(row, model, sampler, methods, callbacks, fingerprint)
+    plan = Plan(row, model, identity, sampler, methods, callbacks, fingerprint)
     _check(plan)
     return plan
 
@@ -230,7 +303,6 @@ def _check(plan: Plan) -> None:
         clock = Clock(total, plan.planned_full_steps())
         for callback in plan.callbacks:
             callback.check(plan.sampler, clock)
-        _check_fit(plan)
     except ConfigError as error:
         error.args = (f"{name}: {error}",)
         raise
@@ -238,8 +310,12 @@ def _check(plan: Plan) -> None:
 
 def _check_fit(plan: Plan) -> None:
     """Apply the parts to the network without weights."""
-    if plan.methods:
-        assemble_skeleton(plan)
+    try:
+        if plan.methods:
+            assemble_skeleton(plan)
+    except ConfigError as error:
+        error.args = (f"{plan.experiment.name}: {error}",)
+        raise
 
 
 def _check_slots(plan: Plan) -> None:
@@ -264,7 +340,7 @@ def _apply(
     clock = Clock(len(plan.sampler.timesteps))
     for part, key in artifact_keys(plan):
         bench = calibrator.bench(plan, network, clock, key, store) if calibrator else None
-        if bench is not None:
+        if bench is not None and part.needs_calibration:
             bench.progress.describe(f"{plan.experiment.name}: calibrating {part.name}")
         artifact = obtain(part, key, bench, store)
         clock.full_steps &= frozenset(part.full_steps(clock.total, artifact))

@@ -108,7 +108,7 @@ class Bench:
         batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         self.progress.start(len(batches) * len(self.sampler.timesteps))
         for indices in batches:
-            condition = self.model.condition(indices).to(self.device)
+            condition = self.model.calibration_condition(indices).to(self.device)
             denoiser = Denoiser(self.network, condition, self.clock)
             noise = Noise(self.seed, indices, self.model.shape, self.device)
             with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from iec_eval.assembly import Assembly, Plan, assemble_skeleton
+from iec_eval.assembly import (
+    Assembly,
+    Plan,
+    assemble_skeleton,
+    distinct_networks,
+    network_key,
+)
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.noise import Noise
@@ -48,6 +54,12 @@ class EvaluationCost:
         """Bit operations of that many evaluations; 1024 a MAC where nothing is quantized."""
         full, cached = self.full.bit_operations, self.cached.bit_operations
         return full * evaluations_full + cached * evaluations_cached
+
+
+def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost]:
+    """The cost of an evaluation in each row, counted once for rows with the same network."""
+    found = {key: evaluation_cost(plan) for key, plan in distinct_networks(plans).items()}
+    return [found[network_key(plan)] for plan in plans]
 
 
 def evaluation_cost(plan: Plan) -> EvaluationCost:
@@ -90,8 +102,7 @@ class _StandIn(nn.Module):
 
 def _count(assembly: Assembly, *, full: bool) -> Work:
     model, clock = assembly.plan.model, assembly.clock
-    condition = model.condition([0]).to(torch.device("meta"))
-    denoiser = Denoiser(assembly.network, condition, clock)
+    denoiser = Denoiser(assembly.network, model.skeleton_condition(), clock)
     clock.full = full
     sample = torch.empty((1, *model.shape), device="meta")
     counter = FlopCounterMode(display=False)

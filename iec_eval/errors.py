@@ -6,7 +6,7 @@ Each message says what happened, what was wanted, what was got and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -50,3 +50,12 @@ class StorageError(IecEvalError):
 
 class CorruptFile(IecEvalError):
     """A file exists but cannot be read as what it should be."""
+
+
+def complaints(attempt: Callable[[], object]) -> list[str]:
+    """The message of the ConfigError that ``attempt()`` raises; nothing if it raises none."""
+    try:
+        attempt()
+    except ConfigError as error:
+        return [str(error)]
+    return []

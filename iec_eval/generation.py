@@ -145,6 +145,7 @@ class GenerationModule(LightningModule):
             self._current = None  # free the old network before the new one is read
             assembly = assemble(self._jobs[number].plan, self._store)
             assembly.network.to(self.device)
+            assembly.plan.model.to(self.device)
             self._current = (number, assembly)
         return self._current[1]
 
@@ -171,6 +172,10 @@ class GenerationModule(LightningModule):
 
         callbacks = assembly.plan.callbacks
         latents = denoise(sampler, denoiser, noise, callbacks, between_steps=between_steps)
+        if not bool(latents.isfinite().all()):
+            raise ArithmeticError(
+                "the sampler's latents are not finite: no image can be made of them"
+            )
         return model.decode(latents).cpu()
 
     def _request_stop(self, signum: int, frame: Any) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from iec_eval.plugins import Distribution
 from iec_eval.study import Study
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "numpy", "pluggy")
+OPTIONAL = ("transformers",)
 
 
 def manifest(
@@ -32,7 +34,7 @@ def manifest(
         "git": git_state(Path(__file__).parent),
         "study": study.model_dump(mode="json"),
         "fingerprints": {plan.experiment.name: plan.fingerprint for plan in plans},
-        "model_files": plans[0].model.identity(),
+        "model_files": dict(plans[0].identity),
         "protocol": dict(protocol),
         "versions": versions(),
         "plugins": [asdict(plugin) for plugin in plugins],
@@ -42,7 +44,9 @@ def manifest(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES}
+    installed = {name for name in OPTIONAL if find_spec(name) is not None}
+    found = {name: metadata.version(name) for name in (*PACKAGES, *sorted(installed))}
+    return {"python": platform.python_version(), **found}
 
 
 def device() -> dict[str, Any]:

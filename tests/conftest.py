@@ -9,8 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several threads in several processes crawl
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -118,6 +122,34 @@ def _write_features(toy: Toy) -> None:
     moments.update(network.extract(images).features)
     found = moments.mean, moments.covariance(), moments.count
     ReferenceStatistics(*found, network.identity()).save(toy.reference)
+
+
+@pytest.fixture(scope="session")
+def standins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small folder for each published model by its name; under ``prompts`` a prompt file."""
+    from standins import PROMPTS, PUBLISHED, make_standin
+
+    root = tmp_path_factory.mktemp("standins")
+    made = {name: make_standin(name, root / name) for name in PUBLISHED}
+    made["prompts"] = root / "prompts.txt"
+    made["prompts"].write_text("\n".join(PROMPTS) + "\n")
+    return made
+
+
+@pytest.fixture(scope="session")
+def scoring(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """``scoring(side)``: a folder with what scores colour images of that side."""
+    from standins import make_scoring
+
+    return cache(lambda side: make_scoring(tmp_path_factory.mktemp(f"scoring{side}"), side))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small CLIP model."""
+    from standins import make_clip
+
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

@@ -204,6 +204,69 @@ def randomized(make: Callable[[], Any], seed: int) -> Any:
     return network.eval().requires_grad_(False)
 
 
+def tiny_clip(folder: Path, *, seed: int = 0, limit: int = 12) -> Path:
+    """A transformers CLIP with random weights that reads texts of ``limit`` tokens, on disk."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    shared |= {"num_hidden_layers": 2, "projection_dim": 8}
+    vocabulary = _clip_vocabulary()
+    ends = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END]}
+    text = {"vocab_size": len(vocabulary), "max_position_embeddings": limit, **ends}
+    vision = {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(
+        text_config={**shared, **text, "pad_token_id": vocabulary[END]},
+        vision_config={**shared, **vision},
+        projection_dim=8,
+    )
+    model = randomized(lambda: CLIPModel(config), seed)
+    for name, parameter in model.named_parameters():
+        if "patch_embedding" in name or "token_embedding" in name:
+            parameter *= 30  # else all images and all texts look alike to it
+    model.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(CLIP_MERGES) + "\n")
+    written = {
+        "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": limit},
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": {"height": 32, "width": 32},
+        },
+    }
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "a n", "an d</w>"]
+
+
+def _clip_vocabulary() -> dict[str, int]:
+    """Every byte, within a word and at its end, what merges make of them, and the two ends."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in CLIP_MERGES]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *merged, START, END]
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
+def random_backbone(path: Path, net: str = "squeeze") -> dict[str, Tensor]:
+    """Random weights of the torchvision network that LPIPS calls ``net``, written to ``path``."""
+    from torchvision import models
+
+    from iec_eval.metrics.lpips import BACKBONES
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = getattr(models, BACKBONES[net])(weights=None)
+    state: dict[str, Tensor] = network.state_dict()
+    torch.save(state, path)
+    return state
+
+
 # --- the recorded numbers ---------------------------------------------------------------------
 
 
@@ -284,3 +347,22 @@ def _inner(words: Sequence[str]) -> str:
 def _linear(key: str, value: Tensor) -> Tensor:
     attention = ".attn" in key and key.endswith(".weight") and value.ndim == 4
     return value.flatten(1) if attention else value
+
+
+def original_ldm(name: str) -> Any:
+    """A recorded latent-diffusion U-Net, from weights in the layout of the original code."""
+    from iec_eval.conversion.key_maps import latent_unet_map
+    from iec_eval.conversion.layouts import latent_unet
+    from iec_eval.conversion.original import UNetParams
+    from iec_eval.networks import build_network
+
+    tensors, about = oracle(f"ldm_unet_{name}")
+    params = validated(UNetParams, about["config"]["unet_config"], name)
+    network: Any = build_network(latent_unet(params, about["config"]["unet_config"]["image_size"]))
+    origins = latent_unet_map(params)
+    state = {
+        key: origins[key].take(tensors[f"ckpt/{origins[key].name}"].float())
+        for key in network.state_dict()
+    }
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)

@@ -101,6 +101,15 @@ def test_guidance_needs_classes_and_the_one_for_none(folder: Path, options: Any)
         model(folder, guidance=2.0, **options)
 
 
+def test_class_options_without_effect_are_refused(folder: Path, toy: Toy) -> None:
+    with pytest.raises(ConfigError, match="must be the last of the network's 4 classes, 3, got 1"):
+        model(toy.folder, unconditional_class=1)
+    change(folder / NETWORK, num_class_embeds=None)
+    for options in ({"labels": "labels.txt"}, {"unconditional_class": 3}):
+        with pytest.raises(Incompatible, match="knows no classes"):
+            model(folder, **options)
+
+
 def test_a_label_outside_is_refused(toy: Toy) -> None:
     with pytest.raises(ConfigError, match="label 4: the model has 4 classes"):
         model(toy.folder, label=4)
@@ -221,7 +230,7 @@ def test_a_wrong_configuration_is_named(
 
 def test_an_impossible_network_is_named(folder: Path) -> None:
     change(folder / NETWORK, down_block_types=["DownBlock2D"])
-    with pytest.raises(ConfigError, match=r"unet/config\.json describes no UNet2DModel"):
+    with pytest.raises(ConfigError, match=r"unet/config\.json: .* describes no UNet2DModel"):
         model(folder).skeleton()
 
 

@@ -26,6 +26,7 @@ class DiffusionModel(ABC):
         prediction: what the network predicts.
         shape: of one latent, ``(C, H, W)``.
         schedule: the forward process it was trained with.
+        device: where encoders of conditions run.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,7 @@ class DiffusionModel(ABC):
     prediction: Prediction = "epsilon"
     shape: tuple[int, int, int]
     schedule: NoiseSchedule
+    device = torch.device("cpu")
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
@@ -54,6 +56,21 @@ class DiffusionModel(ABC):
     def identity(self) -> dict[str, str]:
         """What makes this model this model: a hash for each of its files."""
 
+    def missing(self) -> list[str]:
+        """What must be had before the model can run, one line each; then it can still be shown."""
+        return []
+
+    @classmethod  # noqa: B027 - most have nothing to get
+    def fetch(cls, options: BaseOptions) -> None:
+        """Download what the options name by an id, as far as it is not here; before construction.
+
+        Raises ConfigError if it cannot be had.
+        """
+
+    def to(self, device: torch.device) -> None:
+        """Run encoders of conditions on ``device``; :meth:`decode` follows its latents."""
+        self.device = device
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of one decoded image, ``(C', H', W')``; the latent's unless there is a decoder."""
@@ -62,6 +79,21 @@ class DiffusionModel(ABC):
     def condition(self, images: Sequence[int]) -> Condition:
         """Labels or prompts of these images, a function of the index alone."""
         return Condition()
+
+    def calibration_condition(self, images: Sequence[int]) -> Condition:
+        """Those of calibration images; where the first images are all alike, more varied ones."""
+        return self.condition(images)
+
+    def skeleton_condition(self) -> Condition:
+        """The condition of one image on the meta device, to count an evaluation's cost with."""
+        return self.condition([0]).to(torch.device("meta"))
+
+    def captions(self, images: Sequence[int]) -> list[str] | None:
+        """What these images were asked to show, in words, for metrics that compare with it.
+
+        A function of the index alone, as :meth:`condition`; None where there is no text.
+        """
+        return None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, H, W]`` to uint8 ``[B, C', H', W']``, from [-1, 1], round to nearest."""

@@ -8,6 +8,6 @@ from iec_eval.models.base import DiffusionModel
 
 @hookimpl
 def iec_eval_models() -> list[type[DiffusionModel]]:
-    from iec_eval.models.unet import FashionMNIST, UNet
+    from iec_eval.models import latent, unet
 
-    return [UNet, FashionMNIST]
+    return [*unet.MODELS, *latent.MODELS]

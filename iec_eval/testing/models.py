@@ -30,16 +30,17 @@ def check_model(
 ) -> None:
     """Check that a model's parts agree with each other.
 
-    Properties: ``declaration``, ``schedule``, ``labels`` (depend on the index alone),
-    ``skeleton`` (on the meta device, with the parameters of the network), ``weights`` (in eval
-    mode, on the CPU, the same every time), ``prediction`` (has the latent's shape), ``decode``
-    (uint8, image by image), ``identity``.
+    Properties: ``declaration``, ``schedule``, ``labels`` and ``captions`` (depend on the index
+    alone), ``skeleton`` (on the meta device, with the parameters of the network), ``weights`` (in
+    eval mode, on the CPU, the same every time), ``prediction`` (has the latent's shape),
+    ``decode`` (uint8, image by image), ``identity``.
     """
     case = _ModelCase(cls, options or {})
     checks: dict[str, Callable[[], None]] = {
         "declaration": case.declaration,
         "schedule": case.schedule,
         "labels": case.labels,
+        "captions": case.captions,
         "skeleton": case.skeleton,
         "weights": case.weights,
         "prediction": case.prediction,
@@ -90,6 +91,22 @@ class _ModelCase:
                     _row(together.unconditional or {}, position), dict(alone.unconditional or {})
                 ),
                 f"condition: image {image} is told something else in another batch",
+            )
+
+    def captions(self) -> None:
+        model = self.model()
+        together = model.captions(IMAGES)
+        if together is None:
+            ensure(model.captions([0]) is None, "captions(): of some images there are none")
+            return
+        ensure(
+            len(together) == len(IMAGES) and all(isinstance(text, str) for text in together),
+            f"captions(): wanted a text for each of {len(IMAGES)} images, got {together!r}",
+        )
+        for image, text in zip(IMAGES, together, strict=True):
+            ensure(
+                model.captions([image]) == [text],
+                f"captions(): image {image} is told something else in another batch",
             )
 
     def skeleton(self) -> None:
