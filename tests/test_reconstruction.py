@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from iec_eval.calibration import Bench, Draft
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser
+from iec_eval.efficiency import reconstruction
 from iec_eval.efficiency.deepcache import CachedUNet, DeepCache, find_cache
 from iec_eval.efficiency.error_correction import CacheCorrection, QuantizationCorrection
 from iec_eval.efficiency.quantized_layers import (
@@ -1107,8 +1109,12 @@ def undisturbed() -> Tensors:
     ],
 )
 def test_a_stopped_calibration_goes_on_after_its_finished_blocks(
-    stop: tuple[int, int] | None, fails_at: int | None, finished: int
+    stop: tuple[int, int] | None,
+    fails_at: int | None,
+    finished: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reconstruction, "PATIENCE", 0)  # saves each block, however quick
     memory = Memory(fails_at)
     draft = Draft(memory, "draft")
     with pytest.raises(Stopped):
@@ -1119,6 +1125,20 @@ def test_a_stopped_calibration_goes_on_after_its_finished_blocks(
     found = learn(quantized("classes", cut=2, progress=witness, draft=draft), **TRAINED)
     assert witness.totals[1] == witness.done[1] == 2 * (15 - finished)
     assert_equal(found, undisturbed())
+
+
+def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks are written each time: after every quick block it would never end."""
+    memory, saves = Memory(), list[float]()
+
+    def slow(self: Any, key: str, tensors: Any, about: Any) -> None:
+        saves.append(time.perf_counter())
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Memory, "save", slow)
+    began = time.perf_counter()
+    learn(quantized("classes", cut=2, draft=Draft(memory, "draft")), **TRAINED)
+    assert 1 <= len(saves) <= 2 + (time.perf_counter() - began) / (20 * 0.2)
 
 
 def test_a_finished_draft_is_the_artifact() -> None:

@@ -14,6 +14,7 @@ full-precision one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.options import BaseOptions
 
 if TYPE_CHECKING:
-    from iec_eval.calibration import Bench
+    from iec_eval.calibration import Bench, Draft
 
 BLOCKS: Any = (ResnetBlock2D, Attention, Transformer2DModel)
 WARM_UP = 0.2  # share of the iterations before the regulariser acts
@@ -235,6 +236,40 @@ class _Block:
     behind_cache: bool
 
 
+PATIENCE = 20  # seconds of learning for each second of saving
+
+
+class _Saving:
+    """Saves finished blocks, all of them each time, as often as it costs little.
+
+    Where blocks are many and quick, writing all of them after each would take longer than
+    learning them. An exception saves what is finished.
+    """
+
+    def __init__(self, draft: Draft, done: Mapping[str, Tensor]) -> None:
+        self._draft, self._done = draft, done
+        self._cost, self._saved_at = 0.0, -math.inf  # seconds
+        self._works = True
+
+    def __enter__(self) -> _Saving:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._done and self._works:
+            self._save()
+
+    def block_is_done(self) -> None:
+        """Save, if the last time it took little of the time since."""
+        if time.perf_counter() - self._saved_at >= PATIENCE * self._cost:
+            self._save()
+
+    def _save(self) -> None:
+        began, self._works = time.perf_counter(), False
+        self._draft.save(self._done)
+        self._saved_at, self._works = time.perf_counter(), True
+        self._cost = self._saved_at - began
+
+
 @dataclass(frozen=True)
 class _Workshop:
     """Everything reconstruction works with."""
@@ -258,7 +293,7 @@ class _Workshop:
         return cls(bench, options, teacher, items)
 
     def work(self) -> dict[str, Tensor]:
-        """All blocks; each is saved as it is done."""
+        """All blocks; what is done is saved as it goes."""
         placed = _quantized(self.bench.network)
         with _left_as_it_was(self.bench, placed):
             done = self.bench.draft.load()
@@ -266,10 +301,12 @@ class _Workshop:
             blocks = enumerate(self._blocks(placed))
             due = [(n, block) for n, block in blocks if f"{block.name}.losses" not in done]
             self.bench.progress.start(len(due) * self.options.iterations)
-            for number, block in due:
-                done.update(self._learn(block, placed, number))
-                take(placed, done)
-                self.bench.draft.save(done)
+            with _Saving(self.bench.draft, done) as saving:
+                for number, block in due:
+                    learned = self._learn(block, placed, number)
+                    take(placed, learned)
+                    done.update(learned)
+                    saving.block_is_done()
         return done
 
     def _blocks(self, placed: QuantizedNetwork) -> list[_Block]:
