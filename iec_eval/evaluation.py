@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ import torch
 from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptFile, IecEvalError, MissingArtifact
 from iec_eval.generation import Job
-from iec_eval.metrics.base import Metric
+from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.progress import Progress
 from iec_eval.results import Cost, Measurement, Variant
 from iec_eval.storage import IndexRange, VariantFolder, read_tensors, write_tensors
 from iec_eval.study import digest
+
+Reader = Callable[[IndexRange, slice], Any]
 
 
 @dataclass(frozen=True)
@@ -62,34 +65,50 @@ def spent(job: Job) -> Spent:
     )
 
 
-def evaluate(job: Job, metrics: Sequence[Metric], progress: Progress) -> dict[str, float]:
+def evaluate(
+    job: Job, metrics: Sequence[Metric], progress: Progress, base: Job | None = None
+) -> dict[str, float]:
     """Every metric of one variant, over its images 0..count-1 in order.
 
-    Raises MissingArtifact if an image is missing.
+    Paired metrics compare with the images of ``base``; they are left out where there is none, and
+    for ``base`` itself. Raises MissingArtifact if an image is missing.
     """
     count = job.plan.experiment.images.count
     parts = covering(job.folder.finished(), count)
-    for network, group in by_network(metrics):
+    compared = base is not None and base is not job
+    chosen = [metric for metric in metrics if compared or not isinstance(metric, PairedMetric)]
+    for read, group in _readers(job, chosen, base):
         seen = torch.zeros(count, dtype=torch.long)
         for part, rows in parts:
             indices = torch.tensor(part.indices[rows])
-            batch = _batch(job.folder, part, rows, network)
+            batch = read(part, rows)
             seen[indices] += 1
             for metric in group:
                 metric.update(batch, indices)
             progress.advance(len(indices))
         assert bool((seen == 1).all()), "every image must be scored exactly once"
-    return {name: value for metric in metrics for name, value in _computed(metric).items()}
+    return {name: value for metric in chosen for name, value in _computed(metric).items()}
 
 
-def score(job: Job, metrics: Sequence[Metric], cost: EvaluationCost, progress: Progress) -> Variant:
-    """The variant's row of the results; a variant that failed or is incomplete says so."""
+def score(
+    job: Job,
+    metrics: Sequence[Metric],
+    cost: EvaluationCost,
+    progress: Progress,
+    base: Job | None = None,
+) -> Variant:
+    """The variant's row of the results; a variant that failed or is incomplete says so.
+
+    ``base`` is the full-precision variant that paired metrics compare with. If it has not all its
+    images, the row is scored by the other metrics and says why it lacks these.
+    """
     row = _empty_row(job)
-    if job.folder.error_file.is_file():
-        reason = job.folder.error_file.read_text().splitlines()[0]
-        return row.model_copy(update={"status": "failed", "error": reason})
+    failure = _failure(job)
+    if failure:
+        return row.model_copy(update={"status": "failed", "error": failure})
+    lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
-        values = evaluate(job, metrics, progress)
+        values = evaluate(job, metrics, progress, None if lacking else base)
     except MissingArtifact as error:
         return row.model_copy(update={"status": "partial", "error": str(error)})
     except IecEvalError:  # disk and feature network: what all rows share
@@ -100,7 +119,14 @@ def score(job: Job, metrics: Sequence[Metric], cost: EvaluationCost, progress: P
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return row.model_copy(update={"status": "failed", "error": reason})
     measured = {name: Measurement(value=value) for name, value in values.items()}
-    return row.model_copy(update={"metrics": measured, "cost": _cost(spent(job), cost)})
+    found = {"metrics": measured, "cost": _cost(spent(job), cost), "error": lacking}
+    return row.model_copy(update=found)
+
+
+def groups(metrics: Sequence[Metric]) -> int:
+    """How many times evaluation goes over the images of a row, at most."""
+    paired = [metric for metric in metrics if isinstance(metric, PairedMetric)]
+    return len(by_network([m for m in metrics if m not in paired])) + bool(paired)
 
 
 def by_network(metrics: Sequence[Metric]) -> list[tuple[FeatureNetwork | None, list[Metric]]]:
@@ -134,7 +160,53 @@ def network_id(network: FeatureNetwork) -> str:
 
 def protocol(metrics: Sequence[Metric]) -> dict[str, Any]:
     """How the metrics measure: what must agree for two results to be comparable."""
-    return {metric.name: metric.protocol() for metric in metrics}
+    named: dict[str, Any] = {}
+    for metric in metrics:
+        again = sum(name.partition(" ")[0] == metric.name for name in named)
+        named[f"{metric.name} {again + 1}" if again else metric.name] = metric.protocol()
+    return named
+
+
+def _readers(
+    job: Job, metrics: Sequence[Metric], base: Job | None
+) -> Iterator[tuple[Reader, list[Metric]]]:
+    """Groups of metrics that read the same, and how to read it from a file's rows."""
+    paired = [metric for metric in metrics if isinstance(metric, PairedMetric)]
+    for network, group in by_network([m for m in metrics if not isinstance(m, PairedMetric)]):
+        yield partial(_batch, job.folder, network=network), group
+    if paired and base is not None:
+        yield partial(_pairs, job.folder, base.folder), list(paired)
+
+
+def _pairs(folder: VariantFolder, base: VariantFolder, part: IndexRange, rows: slice) -> Pairs:
+    """The images of a part, with those of the same indices in ``base``, however it is cut up."""
+    indices, reference = part.indices[rows], []
+    for other, found in covering(base.finished(), indices.stop):
+        first = max(found.start, indices.start - other.start)
+        if first < found.stop:
+            reference.append(base.read_chunk(other).images[first : found.stop])
+    return Pairs(folder.read_chunk(part).images[rows], torch.cat(reference))
+
+
+def _failure(job: Job) -> str | None:
+    """Why a variant failed, None if it did not."""
+    path = job.folder.error_file
+    return path.read_text().splitlines()[0] if path.is_file() else None
+
+
+def _lacking(base: Job, metrics: Sequence[Metric]) -> str | None:
+    """Why paired metrics cannot compare with ``base``, None if they can or there are none."""
+    paired = ", ".join(metric.name for metric in metrics if isinstance(metric, PairedMetric))
+    if not paired:
+        return None
+    name, failure = base.plan.experiment.name, _failure(base)
+    if failure:
+        return f"{paired}: the row compared with, {name!r}, failed ({failure})"
+    try:
+        covering(base.folder.finished(), base.plan.experiment.images.count)
+    except MissingArtifact as error:
+        return f"{paired}: the row compared with, {name!r}, is incomplete ({error})"
+    return None
 
 
 def _batch(

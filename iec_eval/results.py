@@ -23,6 +23,7 @@ from pydantic import (
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.storage import atomic_path
+from iec_eval.study import full_precision
 
 SCHEMA = 1
 
@@ -66,7 +67,12 @@ class Cost(_Part):
 
 
 class Variant(_Part):
-    """One row: its parts (as the study names them), its numbers and how it ended."""
+    """One row: its parts (as the study names them), its numbers and how it ended.
+
+    ``error`` says why a row is not done; of a done one, why it lacks a metric that others have.
+    ``doubt`` says why what the paper reports of the row is in doubt; files from before it was
+    there are read as having none.
+    """
 
     name: str
     fingerprint: str
@@ -77,6 +83,7 @@ class Variant(_Part):
     metrics: dict[str, Measurement] = Field(default_factory=dict)
     cost: Cost = Cost()
     paper: dict[str, float] | None = None
+    doubt: str | None = None
     status: Status = "done"
     error: str | None = None
 
@@ -220,8 +227,8 @@ def _against(measured: Measurement, versus: str, base: Measurement | None) -> Me
 def with_relative_costs(results: Results, control: str | None = None) -> Results:
     """Fill in the relative costs (MACs, bit operations, seconds): shares of full precision.
 
-    That is the row named ``control``, or else the first without efficiency methods and callbacks,
-    added controls first. Without such a row, relative costs are None.
+    That is the row named ``control``, or else the one that :func:`full_precision` finds. Without
+    such a row, relative costs are None.
 
     Raises ConfigError if there is no row named ``control``.
     """
@@ -239,8 +246,7 @@ def _full_precision(results: Results, control: str | None) -> Variant | None:
         if not rows:
             raise ConfigError(f"relative costs: no row named {control!r}")
         return rows[0]
-    plain = [row for row in results.variants if not row.efficiency and not row.callbacks]
-    return next((row for row in plain if row.control), plain[0] if plain else None)
+    return full_precision(results.variants)
 
 
 def _relative_cost(cost: Cost, reference: Cost) -> Cost:

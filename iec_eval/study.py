@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import yaml
 from pydantic import Field, field_validator
@@ -67,7 +67,11 @@ class Variant(BaseOptions):
 
 
 class Study(BaseOptions):
-    """A study file, checked for form; names of parts are resolved later."""
+    """A study file, checked for form; names of parts are resolved later.
+
+    ``paper`` holds the numbers a paper reports, by row and metric; ``doubtful`` says of a row, in
+    a sentence, why its published setting or number is in doubt. Neither changes what is run.
+    """
 
     study: str = Field(min_length=1, description="name of the study")
     model: Part
@@ -79,11 +83,13 @@ class Study(BaseOptions):
     calibration: CalibrationSpec = CalibrationSpec()
     execution: ExecutionSpec = ExecutionSpec()
     paper: dict[str, dict[str, float]] = Field(default_factory=dict)
+    doubtful: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
 
     def experiments(self) -> list[Experiment]:
         """Every row, controls first.
 
-        Raises ConfigError for doubled names, an unknown ``extends`` or an empty study.
+        Raises ConfigError for doubled names, an unknown ``extends`` or an empty study, UnknownName
+        if ``paper`` or ``doubtful`` names no row.
         """
         rows = [self._experiment(v, control=True) for v in _controls(self.controls)]
         known: dict[str, Variant] = {}
@@ -93,10 +99,18 @@ class Study(BaseOptions):
         if not rows:
             raise ConfigError(f"study {self.study!r}: no variants and no controls, nothing to do")
         _refuse_doubles(row.name for row in rows)
-        unknown = sorted(self.paper.keys() - {row.name for row in rows})
-        if unknown:
-            raise UnknownName("variant in paper:", unknown[0], [row.name for row in rows])
+        self._check_remarks([row.name for row in rows])
         return rows
+
+    def remarks(self, row: str) -> dict[str, Any]:
+        """What the study says of a row besides how to make it: the paper's numbers, the doubt."""
+        return {"paper": self.paper.get(row), "doubt": self.doubtful.get(row)}
+
+    def _check_remarks(self, names: Sequence[str]) -> None:
+        for key, remarks in (("paper", self.paper), ("doubtful", self.doubtful)):
+            unknown = sorted(remarks.keys() - set(names))
+            if unknown:
+                raise UnknownName(f"variant in {key}:", unknown[0], names)
 
     def _experiment(self, variant: Variant, *, control: bool) -> Experiment:
         return Experiment(
@@ -148,6 +162,31 @@ class Experiment(BaseOptions):
         if versions:
             content["versions"] = dict(versions)
         return digest(content)
+
+
+class Row(Protocol):
+    """A row of a study, planned or measured, as far as it tells which one is full precision."""
+
+    @property
+    def control(self) -> bool: ...
+
+    @property
+    def efficiency(self) -> Sequence[Any]: ...
+
+    @property
+    def callbacks(self) -> Sequence[Any]: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def full_precision(rows: Iterable[AnyRow]) -> AnyRow | None:
+    """The row that others are measured against, None if there is none.
+
+    It is the first without efficiency methods and callbacks, added controls first.
+    """
+    plain = [row for row in rows if not row.efficiency and not row.callbacks]
+    return next((row for row in plain if row.control), plain[0] if plain else None)
 
 
 def digest(content: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build, conditional_unet, unet
+from helpers import build, conditional_unet, random_backbone, tiny_clip, unet
 from pydantic import ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,19 +24,26 @@ from iec_eval.efficiency.deepcache import CachedUNet, DeepCache
 from iec_eval.efficiency.hooks import iec_eval_efficiency_methods
 from iec_eval.embedded import FASHION_MNIST
 from iec_eval.errors import Incompatible
-from iec_eval.metrics.base import Metric
+from iec_eval.metrics.base import Metric, Pairs
+from iec_eval.metrics.clip_score import ClipScore
 from iec_eval.metrics.features import CARD, WEIGHTS, ClassifierFeatures, ImageClassifier
 from iec_eval.metrics.fid import FID
 from iec_eval.metrics.hooks import iec_eval_metrics
 from iec_eval.metrics.inception_score import InceptionScore
-from iec_eval.metrics.statistics import FILE, ReferenceStatistics
+from iec_eval.metrics.kid import KID
+from iec_eval.metrics.lpips import LPIPS
+from iec_eval.metrics.paired import PSNR, SSIM
+from iec_eval.metrics.precision_recall import PrecisionRecall
+from iec_eval.metrics.statistics import FILE, KeptFeatures, ReferenceStatistics
 from iec_eval.models.hooks import iec_eval_models
 from iec_eval.models.unet import UNet
 from iec_eval.noise import Draw, Noise
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.samplers.ddim import DDIM, DDIMOptions
+from iec_eval.samplers.diffusers import DiffusersSampler
 from iec_eval.samplers.hooks import iec_eval_samplers
+from iec_eval.samplers.plms import PLMS
 from iec_eval.schedule import NoiseSchedule
 from iec_eval.testing import (
     TinyModel,
@@ -59,7 +66,10 @@ SAMPLERS: dict[type[Sampler], list[Options]] = {
         {"steps": 5, "spacing": "quad"},
         {"steps": 5, "eta": 1.0},
         {"steps": 5, "eta": 0.5, "clip_sample": True},
-    ]
+        {"steps": 5, "spacing": "ldm"},
+    ],
+    PLMS: [{"steps": 5}],
+    DiffusersSampler: [{"steps": 5}],  # its other schedulers: test_diffusers_sampler.py
 }
 METHODS: dict[type[EfficiencyMethod], list[Options]] = {
     DeepCache: [
@@ -93,8 +103,10 @@ def test_every_built_in_is_here() -> None:
     # the other efficiency methods, alone and in chains: test_chains.py
     assert set(METHODS) < set(iec_eval_efficiency_methods())
     assert set(CALLBACKS) == set(iec_eval_callbacks())
-    assert {FID, InceptionScore} == set(iec_eval_metrics())
-    assert {cls.name for cls in iec_eval_models()} == {"unet", "fashion-mnist"}
+    metrics = {ClipScore, FID, InceptionScore, KID, LPIPS, PSNR, PrecisionRecall, SSIM}
+    assert metrics == set(iec_eval_metrics())
+    # the other models, on small folders: test_latent.py
+    assert {cls.name for cls in iec_eval_models()} > {"unet", "fashion-mnist"}
 
 
 @pytest.mark.parametrize(("cls", "options"), every(SAMPLERS))
@@ -136,7 +148,16 @@ def test_the_released_presets_depend_on_the_batch(preset: str) -> None:
 def test_metrics(tmp_path: Path) -> None:
     save_classifier(tmp_path)
     check_metric(InceptionScore, {"features": str(tmp_path), "splits": 4})
-    check_metric(FID, {"features": str(tmp_path), "reference": str(tmp_path / FILE)})
+    reference = {"features": str(tmp_path), "reference": str(tmp_path / FILE)}
+    check_metric(FID, reference)
+    check_metric(KID, {**reference, "subset_size": 30, "subsets": 5})
+    check_metric(PrecisionRecall, {**reference, "samples": 80})
+    for paired in (PSNR, SSIM):
+        check_metric(paired)
+    random_backbone(tmp_path / "squeeze.pth")
+    squeeze = {"net": "squeeze", "weights": str(tmp_path / "squeeze.pth")}
+    check_metric(LPIPS, squeeze, images=24)
+    check_metric(ClipScore, {"model": str(tiny_clip(tmp_path / "clip"))})
 
 
 def save_classifier(folder: Path) -> None:
@@ -147,8 +168,9 @@ def save_classifier(folder: Path) -> None:
     save_file(network.state_dict(), folder / WEIGHTS)
     identity = ClassifierFeatures(folder).identity()
     vectors = Noise(3, range(200), (64,)).initial().double()
-    statistics = ReferenceStatistics(vectors.mean(0), torch.cov(vectors.T), 200, identity)
-    statistics.save(folder / FILE)
+    moments = vectors.mean(0), torch.cov(vectors.T), 200
+    kept = KeptFeatures.of(vectors)
+    ReferenceStatistics(*moments, identity, kept=kept).save(folder / FILE)
 
 
 def test_model_from_a_folder(tmp_path: Path) -> None:
@@ -391,6 +413,29 @@ class MutableMemory(Broken):
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         state.memory.append(prediction)
         return State(super().step(state, index, prediction, draw).sample, state.memory)
+
+
+class CountsEvaluations(Broken):
+    evaluations = 0
+
+    def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:
+        self.evaluations += 1
+        return state, step.predict(state.sample) * (1 + 0.01 * self.evaluations)
+
+
+class EvaluatesInPlace(Broken):
+    def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:
+        prediction = step.predict(state.sample)
+        state.sample.add_(0.01)
+        return State(state.sample), prediction
+
+
+class StepsInEvaluation(Broken):
+    """Its callbacks would be shown another sample than the step started from."""
+
+    def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:
+        moved = State(state.sample - 0.1 * step.predict(state.sample))
+        return moved, step.predict(moved.sample)
 
 
 class CountsTrajectories(Broken):
@@ -789,6 +834,24 @@ class ByArrival(Brightness):
             self.total += image.mean() * self.count
 
 
+class WantsFeatures(PSNR):
+    """Compares, but cannot say whether images or features."""
+
+    @property
+    def network(self) -> Any:
+        return ClassifierFeatures
+
+
+class UnnamedRow(PSNR):
+    def protocol(self) -> Options:
+        return {}
+
+
+class IgnoresReference(PSNR):
+    def compare(self, pairs: Pairs) -> Tensor:
+        return pairs.images.double().mean(dim=(1, 2, 3))
+
+
 class NotAState(Brightness):
     """Keeps its sum where merging and resetting do not look."""
 
@@ -856,6 +919,21 @@ class GuidanceByBatch(TinyModel):
     def condition(self, images: Sequence[int]) -> Condition:
         given = super().condition(images)
         return Condition(given.inputs, given.unconditional, 1.0 + len(images))
+
+
+class OneCaption(TinyModel):
+    def captions(self, images: Sequence[int]) -> list[str] | None:
+        return ["the same for all"]
+
+
+class CaptionsByPosition(TinyModel):
+    def captions(self, images: Sequence[int]) -> list[str] | None:
+        return [str(position) for position, _ in enumerate(images)]
+
+
+class CaptionsNowAndThen(TinyModel):
+    def captions(self, images: Sequence[int]) -> list[str] | None:
+        return ["zero"] if list(images) == [0] else None
 
 
 class RealSkeleton(TinyModel):
@@ -938,6 +1016,9 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
             (InPlace, {}, "changed the state or prediction it was given"),
             (MutableMemory, {}, "step 4"),
             (RandomInput, {}, "network_input 4 differs"),
+            (CountsEvaluations, {}, "evaluate 4 called again gives another result"),
+            (EvaluatesInPlace, {}, "evaluate 4 changed the state it was given"),
+            (StepsInEvaluation, {}, "evaluate 4 gives a state with another sample"),
         ],
         "second trajectory": [
             (CountsTrajectories, {}, "something is remembered"),
@@ -1025,6 +1106,11 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
         "merge": [(NotAState, {}, "two parts merged"), (CountsRanks, {}, "two parts merged")],
         "empty": [(CountsRanks, {}, "merged with one that saw no image")],
         "reset": [(NotAState, {}, "reset and used again")],
+        "pairs": [
+            (WantsFeatures, {}, "this one has a network"),
+            (UnnamedRow, {}, "does not name the row"),
+            (IgnoresReference, {}, "another reference gives the same result"),
+        ],
     },
     check_model: {
         "declaration": [
@@ -1039,6 +1125,11 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
             (LabelsByPosition, {}, "image .* is told something else"),
             (NothingByPosition, {}, "image .* is told something else"),
             (GuidanceByBatch, {}, "depends on the batch"),
+        ],
+        "captions": [
+            (OneCaption, {}, "wanted a text for each"),
+            (CaptionsByPosition, {}, "image .* is told something else"),
+            (CaptionsNowAndThen, {}, "of some images there are none"),
         ],
         "skeleton": [
             (RealSkeleton, {}, "not on the meta device"),

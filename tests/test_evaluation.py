@@ -16,10 +16,11 @@ from conftest import VARIANTS, Toy
 from torch import Tensor
 
 from iec_eval import workflow
-from iec_eval.evaluation import by_network, evaluate, network_id
+from iec_eval.evaluation import by_network, evaluate, network_id, protocol
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import ClassifierFeatures, Features, ImageClassifier
 from iec_eval.metrics.fid import FID
+from iec_eval.metrics.inception_score import InceptionScore, InceptionScoreOptions
 from iec_eval.options import BaseOptions
 from iec_eval.progress import Progress
 from iec_eval.training.classifier import save_features
@@ -35,6 +36,7 @@ VARIANT_KEYS = {
     "metrics",
     "cost",
     "paper",
+    "doubt",
     "status",
     "error",
 }
@@ -49,6 +51,7 @@ COST_KEYS = {
     "relative_seconds",
     "weight_bytes",
 }
+REMARKS = {"paper": {"cached": {"fid": 4.5}}, "doubtful": {"cached": "two values are published"}}
 SECONDS = ("seconds_per_image", "relative_seconds")
 
 
@@ -95,7 +98,7 @@ def make_run(
 @pytest.fixture(scope="module")
 def launched(make_run: Callable[..., Run]) -> Run:
     """A finished run with a control and the paper's numbers."""
-    run = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    run = make_run(controls=["full-precision"], **REMARKS)
     assert run("launch").exit_code == 0
     return run
 
@@ -120,6 +123,8 @@ def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
         for measured in row["metrics"].values():
             assert measured.keys() == {"value", "ci95", "delta"}
     assert [row["paper"] for row in results["variants"]] == [None, None, {"fid": 4.5}, None]
+    doubts = [row["doubt"] for row in results["variants"]]
+    assert doubts == [None, None, "two values are published", None]
 
 
 def test_a_rows_numbers_are_its_own(launched: Run) -> None:
@@ -167,7 +172,7 @@ def test_the_files_of_a_run_are_there(launched: Run) -> None:
 def test_the_same_study_gives_the_same_numbers_in_another_folder(
     launched: Run, make_run: Callable[..., Run]
 ) -> None:
-    again = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    again = make_run(controls=["full-precision"], **REMARKS)
     assert again("launch").exit_code == 0
     assert again.timeless == launched.timeless
 
@@ -175,7 +180,7 @@ def test_the_same_study_gives_the_same_numbers_in_another_folder(
 def test_shards_and_evaluate_equal_launch(
     launched: Run, make_run: Callable[..., Run], cli: Callable[..., Result]
 ) -> None:
-    parts = make_run(controls=["full-precision"], paper={"cached": {"fid": 4.5}})
+    parts = make_run(controls=["full-precision"], **REMARKS)
     for shard in ("1/2", "0/2"):
         done = cli("generate", parts.study, "-o", parts.out, "--shard", shard)
         assert done.exit_code == 0
@@ -368,3 +373,14 @@ def test_a_metric_that_fails_on_one_row_leaves_the_others(
             assert measured["value"] == before[name][metric]["value"]
     monkeypatch.undo()
     assert launched("evaluate").exit_code == 0
+
+
+def test_two_metrics_of_one_name_both_say_how_they_measure() -> None:
+    metrics = [metric_of(splits) for splits in (1, 2, 3)]
+    found = protocol(metrics)
+    assert list(found) == ["is", "is 2", "is 3"]
+    assert [found[name]["splits"]["count"] for name in found] == [1, 2, 3]
+
+
+def metric_of(splits: int) -> Metric:
+    return InceptionScore(InceptionScoreOptions(features="fashion-mnist", splits=splits))

@@ -60,6 +60,7 @@ LITERAL: dict[str, Any] = {
                 "weight_bytes": 1000,
             },
             "paper": {"fid": 4.32},
+            "doubt": "the paper has two values",
             "status": "done",
             "error": None,
         },
@@ -83,6 +84,7 @@ LITERAL: dict[str, Any] = {
                 "weight_bytes": None,
             },
             "paper": None,
+            "doubt": None,
             "status": "failed",
             "error": "out of memory",
         },
@@ -106,6 +108,12 @@ def test_a_file_survives_reading_and_writing_with_every_key(tmp_path: Path) -> N
     assert json.loads(second.read_text(encoding="utf-8")) == LITERAL
     assert read_results(second) == read_results(first)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["first.json", "second.json"]
+
+
+def test_a_file_from_before_there_were_doubts_is_read(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "doubt"} for row in LITERAL["variants"]]
+    (tmp_path / "old.json").write_text(json.dumps({**LITERAL, "variants": rows}), encoding="utf-8")
+    assert [row.doubt for row in read_results(tmp_path / "old.json").variants] == [None, None]
 
 
 def test_defaults_are_written_too(tmp_path: Path) -> None:

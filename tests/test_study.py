@@ -133,6 +133,7 @@ def test_the_models_files_and_the_order_of_parts_are_in_the_fingerprint(tmp_path
         "execution.accelerator=cpu",
         "metrics=[{name: is}]",
         "paper={cached: {fid: 1.0}}",
+        "doubtful={cached: why}",
         "controls=[]",
     ],
 )
@@ -251,6 +252,16 @@ def test_unknown_variants_are_named_with_the_nearest(tmp_path: Path) -> None:
         study(tmp_path, variants=stray).experiments()
     with pytest.raises(UnknownName, match="'cachd'; did you mean 'cached'"):
         study(tmp_path, paper={"cachd": {"fid": 1.0}}).experiments()
+    with pytest.raises(UnknownName, match="variant in doubtful: 'cachd'; did you mean 'cached'"):
+        study(tmp_path, doubtful={"cachd": "why"}).experiments()
+
+
+def test_a_doubt_has_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"doubtful\.cached: String should have at least 1"):
+        study(tmp_path, doubtful={"cached": ""})
+    read = study(tmp_path, doubtful={"cached": "why"}, paper={"plain": {"fid": 1.0}})
+    assert read.remarks("cached") == {"paper": None, "doubt": "why"}
+    assert read.remarks("plain") == {"paper": {"fid": 1.0}, "doubt": None}
 
 
 def test_a_variant_extends_an_earlier_one_only(tmp_path: Path) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import torchmetrics
 from pydantic import Field
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
+from iec_eval.errors import complaints
 from iec_eval.metrics.features import FeatureNetwork, feature_network
 from iec_eval.options import BaseOptions
+
+if TYPE_CHECKING:
+    from iec_eval.models.base import DiffusionModel
 
 
 class Metric(torchmetrics.Metric):
@@ -50,11 +57,22 @@ class Metric(torchmetrics.Metric):
         """The network whose features :meth:`update` wants; None if it wants the images."""
         return None
 
+    def bind(self, model: DiffusionModel) -> None:
+        """Told once, before :meth:`prepare`, whose images will be scored.
+
+        For metrics that read captions or must know the images' shape. Raises Incompatible if the
+        metric means nothing for this model.
+        """
+
     def prepare(self, count: int) -> None:
         """Cheap checks before ``count`` images are made: files, protocols, numbers.
 
         Raises ConfigError, Incompatible or CorruptFile.
         """
+
+    def missing(self) -> list[str]:
+        """What must be had before :meth:`prepare` can succeed, one line each."""
+        return []
 
     def protocol(self) -> dict[str, Any]:
         """Everything a number depends on besides the images, as JSON values."""
@@ -71,6 +89,80 @@ class Metric(torchmetrics.Metric):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The numbers, by the name they have in tables."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B images of a row, each with the full-precision row's image of the same index.
+
+    ``images`` and ``reference`` are uint8 ``[B, C, H, W]``.
+    """
+
+    images: Tensor
+    reference: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class PairedMetric(Metric):
+    """Compares a row, image by image, with the full-precision row of its study.
+
+    That row starts from the same noise under the same conditions. It is the first without
+    efficiency methods and callbacks, controls first; it gets no value itself, and a study without
+    one is refused. :meth:`update` gets :class:`Pairs`.
+
+    Attributes:
+        reference_row: name of the row compared with, set when a study is planned.
+    """
+
+    reference_row: str | None = None
+
+    def protocol(self) -> dict[str, Any]:
+        return {"reference": self.reference_row}
+
+    @abstractmethod
+    def update(self, pairs: Pairs, indices: Tensor) -> None:
+        """Take in a batch of pairs; ``indices [B]`` say which images they are."""
+
+
+class PerImageMetric(Metric):
+    """A metric that gives every image a number of its own; its result is their mean.
+
+    The numbers are kept with their indices, so that rows can be compared image by image.
+    """
+
+    values: list[Tensor]
+    indices: list[Tensor]
+
+    def __init__(self, options: BaseOptions) -> None:
+        super().__init__(options)
+        self.add_state("values", [], "cat")
+        self.add_state("indices", [], "cat")
+
+    @property
+    def result_name(self) -> str:
+        """The result as it appears in tables."""
+        return self.name
+
+    def keep(self, values: Tensor, indices: Tensor) -> None:
+        """Remember ``values [B]`` of the images ``indices [B]``."""
+        self.values.append(values.double().cpu())
+        self.indices.append(indices)
+
+    def per_image(self) -> Tensor:
+        """The numbers, float64 ``[N]``, in the order of the images' indices.
+
+        Raises ValueError if an image was counted twice.
+        """
+        indices = dim_zero_cat(self.indices)
+        if len(indices.unique()) < len(indices):
+            raise ValueError("an image was counted twice")
+        ordered: Tensor = dim_zero_cat(self.values)[torch.argsort(indices)]
+        return ordered
+
+    def compute(self) -> dict[str, float]:
+        return {self.result_name: float(self.per_image().mean())}
 
 
 class FeatureOptions(BaseOptions):
@@ -96,6 +188,9 @@ class FeatureMetric(Metric):
     @property
     def network(self) -> FeatureNetwork:
         return self._network
+
+    def missing(self) -> list[str]:
+        return complaints(self._network.identity)
 
     def prepare(self, count: int) -> None:
         self._network.identity()

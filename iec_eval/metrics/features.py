@@ -126,6 +126,11 @@ class InceptionV3(FeatureNetwork):
             "outputs": " ".join(self._outputs),
         }
 
+    @property
+    def published(self) -> bool:
+        """Whether the weights file is the published one, as far as its hash is known."""
+        return self.identity()["weights"].startswith(INCEPTION_SHA256)
+
     def load(self, device: torch.device | str = "cpu") -> None:
         path = self._weights_file()
         if self._network is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.metrics.base import FeatureMetric, FeatureOptions
+from iec_eval.metrics.base import FeatureOptions
 from iec_eval.metrics.features import Features
-from iec_eval.metrics.statistics import ReferenceStatistics, open_reference
+from iec_eval.metrics.referenced import ReferenceMetric
+from iec_eval.metrics.statistics import ReferenceStatistics, check_protocols
 
 
 class FIDOptions(FeatureOptions):
@@ -25,13 +25,19 @@ class FIDOptions(FeatureOptions):
     allow_biased: bool = Field(
         False, description="score fewer images than feature dimensions, where FID means little"
     )
+    allow_other_protocol: bool = Field(
+        False,
+        description="score against a reference of another protocol, under a name that says so",
+    )
 
 
-class FID(FeatureMetric):
+class FID(ReferenceMetric):
     """``|mu - mu_r|^2 + tr(sigma + sigma_r - 2 (sigma sigma_r)^(1/2))``; zero is best.
 
-    The result is called ``fid`` for InceptionV3 and ``fid-<tag>`` for any other network. States
-    are the float64 sums of torchmetrics' own metric, which computes the distance.
+    The result is called ``fid`` for InceptionV3 and ``fid-<tag>`` for any other network. Against
+    a reference of another protocol, which only ``allow_other_protocol`` scores at all, the name
+    goes on with whose it is: ``fid-vs-pytorch-fid``. States are the float64 sums of torchmetrics'
+    own metric, which computes the distance.
     """
 
     name = "fid"
@@ -42,23 +48,20 @@ class FID(FeatureMetric):
     features_num_samples: Tensor
 
     def __init__(self, options: FIDOptions) -> None:
-        super().__init__(options)
-        self._reference, self._allow_biased = options.reference, options.allow_biased
+        super().__init__(options, options.reference)
+        self._allow_biased = options.allow_biased
+        self._allow_other = options.allow_other_protocol
         size = self.network.dimensions
         self.add_state("features_sum", torch.zeros(size, dtype=torch.float64), "sum")
         self.add_state("features_cov_sum", torch.zeros(size, size, dtype=torch.float64), "sum")
         self.add_state("features_num_samples", torch.tensor(0), "sum")
 
-    @cached_property
-    def reference(self) -> ReferenceStatistics:
-        """The statistics compared with, opened when first asked for."""
-        return open_reference(self._reference)
-
     def prepare(self, count: int) -> None:
         super().prepare(count)
-        _check_protocols(self._reference, self.reference.protocol, self.network.identity())
+        self._check_reference()
         for what, number in (("images", count), ("reference images", self.reference.count)):
-            _check_count(what, number, self.network.dimensions, self._allow_biased)
+            if number is not None:
+                _check_count(what, number, self.network.dimensions, self._allow_biased)
 
     def protocol(self) -> dict[str, Any]:
         reference = {
@@ -66,6 +69,8 @@ class FID(FeatureMetric):
             "count": self.reference.count,
             "source": self.reference.source,
         }
+        if self._is_other:
+            reference["protocol"] = self.reference.protocol
         return {**super().protocol(), "reference": reference, "accumulation": "float64"}
 
     def update(self, features: Features, indices: Tensor) -> None:
@@ -77,7 +82,25 @@ class FID(FeatureMetric):
     def compute(self) -> dict[str, float]:
         count = int(self.features_num_samples)
         value = distance_to(self.reference, self.features_sum, self.features_cov_sum, count)
-        return {self.result(self.name): value}
+        whose = self.reference.source.get("format", "other-protocol")
+        name = self.result(self.name) + (f"-vs-{whose}" if self._is_other else "")
+        return {name: value}
+
+    @property
+    def _is_other(self) -> bool:
+        return self.reference.protocol != self.network.identity()
+
+    def _check_reference(self) -> None:
+        """The protocol is the metric's own or allowed to be another; the dimensions agree."""
+        if not self._allow_other:
+            way_out = "; allow_other_protocol: true scores all the same, under another name"
+            theirs, ours = self.reference.protocol, self.network.identity()
+            check_protocols(self.name, self._reference, theirs, ours, way_out)
+        if len(self.reference.mu) != self.network.dimensions:
+            raise Incompatible(
+                f"fid: reference {self._reference!r} has {len(self.reference.mu)} features, wanted "
+                f"{self.network.dimensions}; use the features it was made with"
+            )
 
 
 def distance_to(
@@ -90,7 +113,8 @@ def distance_to(
     """
     metric = FrechetInceptionDistance(_Precomputed(len(features_sum)))
     metric.orig_dtype = torch.float64  # the result's, which no update has told it
-    mu, sigma, n = reference.mu, reference.sigma, reference.count
+    # torchmetrics stores sums; where the number of images is unknown, any will do to make them of
+    mu, sigma, n = reference.mu, reference.sigma, reference.count or 2
     metric.real_features_sum = mu * n
     metric.real_features_cov_sum = sigma * (n - 1) + n * torch.outer(mu, mu)
     metric.real_features_num_samples = torch.tensor(n)
@@ -106,21 +130,6 @@ class _Precomputed(nn.Identity):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
-
-
-def _check_protocols(name: str, reference: dict[str, str], network: dict[str, str]) -> None:
-    if reference == network:
-        return
-    keys = [key for key in {**reference, **network} if reference.get(key) != network.get(key)]
-    described = [
-        f"{key}: {reference.get(key, 'nothing')!r} there, {network.get(key, 'nothing')!r} here"
-        for key in keys
-    ]
-    raise Incompatible(
-        f"fid: reference {name!r} was made by another protocol than this metric's features "
-        f"({'; '.join(described)}); use the features it was made with, or make a reference with "
-        "these"
-    )
 
 
 def _check_count(what: str, count: int, dimensions: int, allow_biased: bool) -> None:

@@ -1,11 +1,16 @@
-"""Reference statistics: the mean and covariance of a data set's features, in one small file."""
+"""Reference statistics: the mean and covariance of a data set's features, in one small file.
+
+The features of some of the images may be kept in it too, for metrics that compare sets.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iec_eval.errors import ConfigError, CorruptFile
+from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.images import ImageCollection, ImagePreparation
 from iec_eval.metrics.features import PACKAGED, FeatureNetwork
 from iec_eval.storage import atomic_path
@@ -24,22 +29,46 @@ FILE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
+class KeptFeatures:
+    """Features of some of the reference's images; they stay on disk until :meth:`read`.
+
+    Attributes:
+        count: their number N.
+        digest: hex sha256 of their bytes.
+        read: gives them, float32 ``[N, D]``, in the collection's order; raises CorruptFile if
+            they are not those that the digest was made of.
+    """
+
+    count: int
+    digest: str
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, features: Tensor) -> KeptFeatures:
+        """Those of ``features [N, D]``, which are in memory."""
+        plain = features.float().contiguous()
+        return cls(len(plain), _digest(plain), lambda: plain)
+
+
+@dataclass(frozen=True)
 class ReferenceStatistics:
     """What FID compares with.
 
     Attributes:
         mu: mean feature, float64 ``[D]``.
         sigma: unbiased covariance, float64 ``[D, D]``.
-        count: number of images.
+        count: number of images; None if it is not known, as for most published statistics.
         protocol: identity of the feature network.
         source: which images, how prepared, and the hash of their pixels; JSON values.
+        kept: the features of some of the images; None if none were kept.
     """
 
     mu: Tensor
     sigma: Tensor
-    count: int
+    count: int | None
     protocol: dict[str, str]
     source: dict[str, Any] = field(default_factory=dict)
+    kept: KeptFeatures | None = None
 
     def digest(self) -> str:
         """Hex sha256 of the numbers and the protocol: equal exactly if scores are comparable."""
@@ -49,16 +78,19 @@ class ReferenceStatistics:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, atomically; everything but mu and sigma is its metadata."""
+        """Write a safetensors file, atomically; everything but the tensors is its metadata."""
         description = {"count": self.count, "protocol": self.protocol, "source": self.source}
         metadata = {"schema": SCHEMA, "description": json.dumps(description, sort_keys=True)}
         tensors = {"mu": self.mu.contiguous(), "sigma": self.sigma.contiguous()}
+        if self.kept is not None:
+            tensors["features"] = self.kept.read()
+            metadata["kept"] = json.dumps({"count": self.kept.count, "digest": self.kept.digest})
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> ReferenceStatistics:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, but for kept features, which are read when asked for.
 
         Raises ConfigError if there is no such file, CorruptFile if it is something else.
         """
@@ -118,39 +150,82 @@ def open_reference(spec: str) -> ReferenceStatistics:
     return ReferenceStatistics.load(Path(spec))
 
 
+def check_protocols(
+    metric: str, spec: str, reference: Mapping[str, str], network: Mapping[str, str], way_out: str
+) -> None:
+    """Raise Incompatible, naming the differences, unless both protocols are one.
+
+    ``spec`` is what the user calls the reference; ``way_out`` ends the message.
+    """
+    if reference == network:
+        return
+    keys = [key for key in {**reference, **network} if reference.get(key) != network.get(key)]
+    described = [
+        f"{key}: {reference.get(key, 'nothing')!r} there, {network.get(key, 'nothing')!r} here"
+        for key in keys
+    ]
+    raise Incompatible(
+        f"{metric}: reference {spec!r} was made by another protocol than this metric's features "
+        f"({'; '.join(described)}); use the features it was made with, or make a reference with "
+        f"these{way_out}"
+    )
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` of the indices 0..total-1, evenly spread: i total / count, rounded down.
+
+    Raises ConfigError if there are fewer.
+    """
+    if not 0 <= count <= total:
+        raise ConfigError(f"features of {count} images to be kept, there are {total} images")
+    return [position * total // count for position in range(count)]
+
+
 def reference_from_images(
     images: ImageCollection,
     preparation: ImagePreparation,
     network: FeatureNetwork,
     *,
     source: str,
+    keep: int = 0,
     batch_size: int = 500,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReferenceStatistics:
     """Statistics of all ``images``, prepared, as ``network`` sees them.
 
-    ``source`` is the string that names the images, kept for the record. ``progress(done, total)``
-    is called after every batch. Raises ConfigError for fewer than two images, Incompatible if
+    ``source`` is the string that names the images, kept for the record. The features of ``keep``
+    images, evenly spread, are kept as well. ``progress(done, total)`` is called after every
+    batch. Raises ConfigError for fewer than two images or fewer than ``keep``, Incompatible if
     the network cannot read them.
     """
     if len(images) < 2:
         raise ConfigError(f"reference of {source}: wanted two images or more, got {len(images)}")
+    chosen, kept = spread(len(images), keep), list[Tensor]()
     moments, pixels = Moments(network.dimensions), hashlib.sha256()
     for batch in _prepared_batches(images, preparation, batch_size):
         pixels.update(batch.contiguous().numpy().tobytes())
-        moments.update(network.extract(batch).features)
+        features = network.extract(batch).features
+        kept.append(features[_rows(chosen, moments.count, len(batch))])
+        moments.update(features)
         if progress is not None:
             progress(moments.count, len(images))
     record = {
         "images": source,
         "count": len(images),
-        "preparation": asdict(preparation),
+        "preparation": preparation.record(),
         "shape": list(batch.shape[1:]),
         "pixels": pixels.hexdigest(),
     }
     return ReferenceStatistics(
-        moments.mean, moments.covariance(), moments.count, network.identity(), record
+        *(moments.mean, moments.covariance(), moments.count, network.identity(), record),
+        kept=KeptFeatures.of(torch.cat(kept)) if keep else None,
     )
+
+
+def _rows(chosen: Sequence[int], start: int, size: int) -> list[int]:
+    """Which rows of the batch that begins at image ``start`` are chosen; ``chosen`` is sorted."""
+    first, last = bisect_left(chosen, start), bisect_left(chosen, start + size)
+    return [index - start for index in chosen[first:last]]
 
 
 def _prepared_batches(
@@ -179,4 +254,23 @@ def _read_statistics(path: Path) -> dict[str, Any]:
         values["mu"], values["sigma"] = file.get_tensor("mu"), file.get_tensor("sigma")
     if values["sigma"].shape != (len(values["mu"]), len(values["mu"])):
         raise ValueError(f"mu {tuple(values['mu'].shape)}, sigma {tuple(values['sigma'].shape)}")
+    if "kept" in metadata:
+        about = json.loads(metadata["kept"])
+        read = partial(_read_features, path, about["digest"])
+        values["kept"] = KeptFeatures(about["count"], about["digest"], read)
     return values
+
+
+def _read_features(path: Path, digest: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            features: Tensor = file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"reference {path}: its features cannot be read ({error})") from error
+    if _digest(features) != digest:
+        raise CorruptFile(f"reference {path}: its features are damaged; make the reference again")
+    return features
+
+
+def _digest(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().tobytes()).hexdigest()

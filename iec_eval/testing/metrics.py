@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iec_eval.metrics.base import PairedMetric, Pairs
+from iec_eval.metrics.features import Features
+from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
 from iec_eval.testing.checks import SEED, Options, build, check_declaration, ensure, run_checks
+from iec_eval.testing.tiny import TinyModel
 
+ROW = "full precision"
 Inputs = Callable[[Tensor], Any]
 
 
@@ -21,6 +26,7 @@ def check_metric(
     options: Options | None = None,
     *,
     inputs: Inputs | None = None,
+    model: DiffusionModel | None = None,
     images: int = 96,
     tolerance: float = 1e-6,
     skip: Collection[str] = (),
@@ -28,12 +34,15 @@ def check_metric(
     """Check that a metric is a function of the set of images.
 
     ``inputs(indices [B])`` gives what :meth:`Metric.update` takes, a pure function of the index;
-    by default random features as wide as the metric's network's, or random uint8 images for a
-    metric without one. Properties: ``declaration``, ``result`` (finite floats by name, twice the
-    same), ``batches`` (one update or many), ``order``, ``merge`` (two halves make the whole),
-    ``empty`` (merging a metric that saw nothing changes nothing), ``reset``.
+    by default random features as wide as the metric's network's, random uint8 images for a metric
+    without one, pairs of them for a paired metric. ``model`` is the one the metric is bound to, by
+    default one with captions and images of 32x32 pixels. Properties: ``declaration``, ``result``
+    (finite floats by name, twice the same), ``batches`` (one update or many), ``order``, ``merge``
+    (two halves make the whole), ``empty`` (merging a metric that saw nothing changes nothing),
+    ``reset``, ``pairs`` (of a paired metric: images without network are compared with the
+    reference, whose row the protocol names).
     """
-    case = _MetricCase(cls, options or {}, inputs, images, tolerance)
+    case = _MetricCase(cls, options or {}, inputs, model or _PicturesModel(), images, tolerance)
     checks: dict[str, Callable[[], None]] = {
         "declaration": case.declaration,
         "result": case.result,
@@ -42,6 +51,7 @@ def check_metric(
         "merge": case.merge,
         "empty": case.empty,
         "reset": case.reset,
+        "pairs": case.pairs,
     }
     run_checks(cls, checks, skip)
 
@@ -51,6 +61,7 @@ class _MetricCase:
     cls: type[Any]
     options: Options
     inputs: Inputs | None
+    model: DiffusionModel
     images: int
     tolerance: float
     _whole: dict[str, float] = field(default_factory=dict)
@@ -97,8 +108,27 @@ class _MetricCase:
         self._update(metric, range(self.images))
         self._ensure_equal(metric, "reset and used again")
 
+    def pairs(self) -> None:
+        if not issubclass(self.cls, PairedMetric):
+            return
+        metric = self.updated([range(self.images)])
+        ensure(metric.network is None, "a paired metric gets images, but this one has a network")
+        named = ROW in metric.protocol().values()
+        ensure(named, f"protocol() does not name the row compared with: {metric.protocol()}")
+        alike = self.updated([])
+        for part in torch.arange(self.images).split(self.images // 3):
+            shown = self._shown(alike, part)
+            alike.update(Pairs(shown.images, shown.images), part)
+        ensure(
+            alike.compute() != metric.compute(),
+            "another reference gives the same result: it is not compared with",
+        )
+
     def updated(self, batches: Sequence[Sequence[int]]) -> Any:
         metric = build(self.cls, self.options)
+        if isinstance(metric, PairedMetric):
+            metric.reference_row = ROW
+        metric.bind(self.model)
         metric.prepare(self.images)
         for batch in batches:
             self._update(metric, batch)
@@ -106,7 +136,12 @@ class _MetricCase:
 
     def _update(self, metric: Any, indices: Sequence[int]) -> None:
         chosen = torch.tensor(list(indices))
-        metric.update(self.inputs(chosen) if self.inputs else _toy_inputs(metric, chosen), chosen)
+        metric.update(self._shown(metric, chosen), chosen)
+
+    def _shown(self, metric: Any, indices: Tensor) -> Any:
+        if self.inputs is not None:
+            return self.inputs(indices)
+        return _toy_inputs(metric, indices, self.model.image_shape)
 
     def _ensure_equal(self, metric: Any, what: str) -> None:
         if not self._whole:
@@ -124,14 +159,28 @@ class _MetricCase:
             )
 
 
-def _toy_inputs(metric: Any, indices: Tensor) -> Any:
+class _PicturesModel(TinyModel):
+    """Large enough for every built-in metric; only what metrics are told about it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = (3, 32, 32)
+
+    def captions(self, images: Sequence[int]) -> list[str]:
+        return [f"a picture of a {('cat', 'dog', 'ship')[index % 3]}" for index in images]
+
+
+def _toy_inputs(metric: Any, indices: Tensor, shape: tuple[int, int, int]) -> Any:
     """Random features, or images for a metric without a network, each a function of its index."""
     images = indices.tolist()
+    if isinstance(metric, PairedMetric):
+        return Pairs(_pictures(images, shape, SEED), _pictures(images, shape, SEED + 1))
     if metric.network is None:
-        noise = Noise(SEED, images, (3, 16, 16)).initial()
-        return ((noise + 2) * 64).clamp(0, 255).to(torch.uint8)
-    from iec_eval.metrics.features import Features
-
+        return _pictures(images, shape, SEED)
     width = metric.network.dimensions
     features = Noise(SEED, images, (width,)).initial().relu()
     return Features(features, 2 * Noise(SEED + 1, images, (10,)).initial())
+
+
+def _pictures(images: Sequence[int], shape: tuple[int, int, int], seed: int) -> Tensor:
+    return ((Noise(seed, images, shape).initial() + 2) * 64).clamp(0, 255).to(torch.uint8)
