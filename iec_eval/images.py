@@ -1,8 +1,9 @@
-"""Image collections on disk: folders, npz files and torchvision data sets, read one way.
+"""Image collections on disk: folders, zips, npz files and torchvision data sets, read one way.
 
 A collection is named by one string:
 
 * ``path/to/folder``: PNG, JPEG, BMP or WebP files; sub-folders, if any, are the classes.
+* ``path/to/file.zip``: the same inside a zip file, read as if it were unpacked.
 * ``path/to/file.npz``: ``arr_0`` (or ``images``) as uint8 NHWC, ``arr_1`` (or ``labels``) optional.
 * ``torchvision:NAME:ROOT:SPLIT``: a torchvision data set already on disk, for instance
   ``torchvision:FashionMNIST:/data:train``; nothing is downloaded.
@@ -10,8 +11,13 @@ A collection is named by one string:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +29,18 @@ from torch.nn import functional as F
 from iec_eval.errors import ConfigError, CorruptFile
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+WANTED_SUFFIXES = " ".join(sorted(IMAGE_SUFFIXES))
+STATISTICS_KEYS = {"mu", "sigma"}
+CROPS = ("center", "none")
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+RESIZES = ("area", *FILTERS, "adm", "none")
+# PIL's ways to say "damaged", and those of zip files: bad headers, checksums, encryption
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DAMAGED_ZIP = (*DAMAGED, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 class ImageCollection(Protocol):
@@ -41,24 +59,63 @@ class ImageCollection(Protocol):
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """How stored images become network-sized ones: centre crop, black border, area average.
+    """How stored images become network-sized ones: crop, black border, resize, channels.
 
-    ``pad`` is the border in pixels added on each side after the crop; ``size`` the final side
-    length (None keeps it); ``channels`` 1 or 3 (None keeps them).
+    Attributes:
+        pad: border in pixels added on each side after the crop.
+        size: final side length; None keeps it.
+        channels: 1 or 3; None keeps them.
+        crop: ``center`` takes the largest square in the middle, ``none`` nothing: what is not
+            square is then stretched.
+        resize: ``area`` averages whole pixels (torch's area interpolation); ``bilinear``,
+            ``bicubic`` and ``lanczos`` are PIL's antialiased filters; ``adm`` halves with PIL's
+            box filter while twice the size fits, goes on with bicubic until the shorter side fits
+            and then crops, as guided-diffusion prepares ImageNet and LSUN; ``none`` demands
+            images that have the size already.
+
+    Raises ConfigError for settings that contradict each other.
     """
 
     pad: int = 0
     size: int | None = None
     channels: int | None = None
+    crop: str = "center"
+    resize: str = "area"
+
+    def __post_init__(self) -> None:
+        _check_choice("crop", self.crop, CROPS)
+        _check_choice("resize", self.resize, RESIZES)
+        if self.size is None and self.resize not in ("area", "none"):
+            raise ConfigError(f"resize {self.resize} wants a size, got none; give --size")
+        if self.resize == "adm" and (self.pad or self.crop != "center"):
+            raise ConfigError(
+                f"resize adm crops by itself and has no border, got crop {self.crop} and pad "
+                f"{self.pad}; leave both out or choose another resize"
+            )
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Prepare one uint8 ``[C, H, W]`` image; returns uint8, rounded to nearest."""
-        image = _centre_crop(image)
+        """Prepare one uint8 ``[C, H, W]`` image; returns uint8, rounded to nearest.
+
+        Raises ConfigError if it cannot be prepared.
+        """
+        if self.resize == "adm":
+            return _with_channels(_adm_resized(image, self.size or 0), self.channels)
+        if self.crop == "center":
+            image = _centre_crop(image)
         image = F.pad(image, (self.pad,) * 4)
-        if self.size is not None and self.size != image.shape[-1]:
-            area = F.interpolate(image[None].float(), size=(self.size, self.size), mode="area")
-            image = area[0].round().to(torch.uint8)
+        if self.size is not None and tuple(image.shape[-2:]) != (self.size, self.size):
+            image = _resized(image, self.size, self.resize)
         return _with_channels(image, self.channels)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON values; no ``crop`` means center, no ``resize`` area.
+
+        Left out where they are the defaults, so that statistics made before there was a choice
+        and the same ones made again have one description.
+        """
+        defaults = asdict(ImagePreparation())
+        always = ("pad", "size", "channels")
+        return {k: v for k, v in asdict(self).items() if k in always or v != defaults[k]}
 
 
 def open_images(source: str) -> ImageCollection:
@@ -71,10 +128,12 @@ def open_images(source: str) -> ImageCollection:
     path = Path(source)
     if path.is_dir():
         return FolderImages(path)
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return ZipImages(path)
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path)
     raise ConfigError(
-        f"images {source!r}: wanted a folder, an .npz file or torchvision:NAME:ROOT:SPLIT, "
+        f"images {source!r}: wanted a folder, a .zip or .npz file or torchvision:NAME:ROOT:SPLIT, "
         "found none of these; check the path"
     )
 
@@ -86,12 +145,10 @@ class FolderImages:
         self.folder = folder
         self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
-            wanted = " ".join(sorted(IMAGE_SUFFIXES))
-            raise ConfigError(f"images {str(folder)!r}: no image files there (wanted {wanted})")
-        tops = [p.relative_to(folder).parts for p in self.files]
-        names = sorted({parts[0] for parts in tops}) if all(len(p) > 1 for p in tops) else None
-        self.class_names = names
-        self._labels = [names.index(parts[0]) for parts in tops] if names else None
+            raise ConfigError(
+                f"images {str(folder)!r}: no image files there (wanted {WANTED_SUFFIXES})"
+            )
+        self.class_names, self._labels = _classes([p.relative_to(folder) for p in self.files])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,18 +157,66 @@ class FolderImages:
         try:
             with Image.open(self.files[index]) as picture:
                 return _pil_to_tensor(picture)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL's ways to say "damaged"
+        except DAMAGED as error:
             raise CorruptFile(f"image {self.files[index]}: cannot be read ({error})") from error
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
 
 
-class NpzImages:
-    """Images in an npz file, as guided-diffusion and EDM write them."""
+class ZipImages:
+    """Image files in a zip file, in the order and with the classes of the unpacked folder.
+
+    Everything that is no image is passed over, as are macOS's resource forks. Threads may read at
+    once; a forked process opens the file anew, as it would share the position in it.
+    """
 
     def __init__(self, path: Path) -> None:
-        arrays = _read_npz(path)
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        members = {name for name in self._archive().namelist() if _is_image(name)}
+        self.members = sorted(members, key=PurePosixPath)
+        if not self.members:
+            raise ConfigError(
+                f"images {str(path)!r}: no image files in it (wanted {WANTED_SUFFIXES})"
+            )
+        self.class_names, self._labels = _classes([PurePosixPath(m) for m in self.members])
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def image(self, index: int) -> Tensor:
+        archive, member = self._archive(), self.members[index]
+        try:
+            with Image.open(io.BytesIO(archive.read(member))) as picture:
+                return _pil_to_tensor(picture)
+        except DAMAGED_ZIP as error:
+            raise CorruptFile(f"image {member} in {self.path}: cannot be read ({error})") from error
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else self._labels[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    def _archive(self) -> zipfile.ZipFile:
+        """The zip file as this process opened it."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.path)
+            except DAMAGED_ZIP as error:
+                raise CorruptFile(f"{self.path}: not a readable zip file ({error})") from error
+        return self._opened[1]
+
+
+class NpzImages:
+    """Images in an npz file, as guided-diffusion and EDM write them.
+
+    A file that holds published statistics too is refused unless ``beside_statistics``.
+    """
+
+    def __init__(self, path: Path, *, beside_statistics: bool = False) -> None:
+        arrays = _read_npz(path, beside_statistics)
         images = arrays.get("arr_0", arrays.get("images"))
         if images is None or images.dtype != np.uint8 or images.ndim != 4:
             got = {name: (str(a.dtype), a.shape) for name, a in arrays.items()}
@@ -214,12 +319,38 @@ def _open_torchvision(name: str, root: str, split: str) -> Any:
     raise ConfigError(f"torchvision {name}: no data set with a split {split!r}")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path, beside_statistics: bool) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
+            refused = set(data.files) >= STATISTICS_KEYS and not beside_statistics
+            arrays = {name: data[name] for name in data.files if not refused}
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise CorruptFile(f"{path}: not a readable npz file ({error})") from error
+    if refused:
+        raise ConfigError(
+            f"images {path}: wanted images, got published statistics (mu and sigma); import them "
+            "with iec-eval reference and --statistics pytorch-fid, guided-diffusion or edm, after "
+            "who made them"
+        )
+    return arrays
+
+
+def _is_image(member: str) -> bool:
+    """Whether a zip's entry is a picture, not a folder or what macOS keeps beside one."""
+    path = PurePosixPath(member)
+    if member.endswith("/") or path.suffix.lower() not in IMAGE_SUFFIXES:
+        return False
+    return path.parts[0] != "__MACOSX" and not path.name.startswith("._")
+
+
+def _classes(files: Sequence[PurePath]) -> tuple[list[str] | None, list[int] | None]:
+    """Class names and labels by first-level folder; None if a file is in no folder."""
+    tops = [file.parts[0] for file in files]
+    if any(len(file.parts) == 1 for file in files):
+        return None, None
+    names = sorted(set(tops))
+    position = {name: label for label, name in enumerate(names)}
+    return names, [position[top] for top in tops]
 
 
 def _pil_to_tensor(picture: Image.Image) -> Tensor:
@@ -234,6 +365,43 @@ def _centre_crop(image: Tensor) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[..., top : top + side, left : left + side]
+
+
+def _check_choice(what: str, got: str, wanted: Sequence[str]) -> None:
+    if got not in wanted:
+        raise ConfigError(f"{what}: wanted one of {', '.join(wanted)}, got {got!r}")
+
+
+def _resized(image: Tensor, size: int, how: str) -> Tensor:
+    """``[C, H, W]`` to ``[C, size, size]``."""
+    if how == "none":
+        height, width = image.shape[-2:]
+        raise ConfigError(
+            f"resize none wants images of {size}x{size} pixels, got {width}x{height}; choose "
+            "another resize or the size they have"
+        )
+    if how == "area":
+        area = F.interpolate(image[None].float(), size=(size, size), mode="area")
+        return area[0].round().to(torch.uint8)
+    return _pil_resized(image, (size, size), FILTERS[how])
+
+
+def _adm_resized(image: Tensor, size: int) -> Tensor:
+    """Guided-diffusion's way to a square: box halvings, bicubic to the shorter side, crop."""
+    height, width = image.shape[-2:]
+    while min(height, width) >= 2 * size:
+        height, width = height // 2, width // 2
+        image = _pil_resized(image, (height, width), Image.Resampling.BOX)
+    scale = size / min(height, width)
+    target = (round(height * scale), round(width * scale))
+    return _centre_crop(_pil_resized(image, target, Image.Resampling.BICUBIC))
+
+
+def _pil_resized(image: Tensor, size: tuple[int, int], how: Image.Resampling) -> Tensor:
+    """``[C, H, W]`` to ``size`` (height, width); PIL filters every channel alike."""
+    pictures = [Image.fromarray(channel.numpy()) for channel in image]
+    resized = [np.array(picture.resize(size[::-1], how)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized))
 
 
 def _with_channels(image: Tensor, channels: int | None) -> Tensor:

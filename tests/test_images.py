@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
+import pickle
 import struct
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from iec_eval.errors import ConfigError, CorruptFile
-from iec_eval.images import ImagePreparation, Subset, load_all, open_images
+from iec_eval.images import ImageCollection, ImagePreparation, Subset, load_all, open_images
+from iec_eval.metrics.statistics import open_reference
 
 
 def picture(path: Path, value: int | tuple[int, ...] = 0, *, size: int = 4) -> None:
@@ -76,6 +84,71 @@ def test_an_npz_without_labels_has_no_classes(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.zeros((2, 3, 3, 1), dtype=np.uint8))
     images = open_images(str(tmp_path / "a.npz"))
     assert (images.class_names, images.label(0)) == (None, None)
+
+
+def zipped(folder: Path, path: Path, **extra: str) -> Path:
+    """All files of ``folder`` in a zip file, not in their order, and ``extra`` texts."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+        for name, text in extra.items():
+            archive.writestr(name, text)
+    return path
+
+
+@pytest.mark.parametrize("names", [("a-b/1.png", "a/2.PNG", "a/b/3.bmp"), ("2.png", "a/1.png")])
+def test_a_zip_is_the_folder_it_unpacks_to(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for value, name in enumerate(names):
+        picture(tmp_path / "in" / name, value)
+    extra = {"dataset.json": "{}", "__MACOSX/a/2.png": "fork", "a/._2.png": "fork", "x.png/": ""}
+    zipped(tmp_path / "in", tmp_path / "Images.ZIP", **extra)
+    folder, images = open_images(str(tmp_path / "in")), open_images(str(tmp_path / "Images.ZIP"))
+    assert len(images) == len(folder) == len(names)
+    assert images.class_names == folder.class_names
+    for index in range(len(folder)):
+        assert images.label(index) == folder.label(index)
+        assert torch.equal(images.image(index), folder.image(index))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> ImageCollection:
+    """A zip file of 40 noisy images; the value of the first pixel is the index."""
+    (tmp_path / "many").mkdir()
+    for index in range(40):
+        noise = np.random.default_rng(index).integers(0, 256, (40, 40), dtype=np.uint8)
+        noise[0, 0] = index
+        Image.fromarray(noise).save(tmp_path / "many" / f"{index:02d}.png")
+    return open_images(str(zipped(tmp_path / "many", tmp_path / "many.zip")))
+
+
+def first_pixels(images: ImageCollection) -> list[int]:
+    return [int(images.image(index)[0, 0, 0]) for index in range(len(images))]
+
+
+def test_a_zip_is_read_by_threads_at_once(many: ImageCollection) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: first_pixels(many), range(16)))
+    assert read == [list(range(40))] * 16
+
+
+def test_a_zip_is_read_by_forked_processes_at_once(many: ImageCollection) -> None:
+    """They inherit the open file and with it, were it used, one position in it."""
+
+    def read() -> None:
+        for _ in range(10):
+            assert first_pixels(many) == list(range(40))
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_zip_is_read_by_spawned_processes(many: ImageCollection) -> None:
+    assert first_pixels(pickle.loads(pickle.dumps(many))) == list(range(40))
 
 
 def test_torchvision_data_on_disk_is_read(fashion: Path) -> None:
@@ -169,11 +242,109 @@ def test_grey_is_repeated_and_colour_becomes_luma() -> None:
     assert ImagePreparation(channels=1)(white).item() == 255
 
 
+# --- other recipes, against PIL and against guided-diffusion's order of work ---------------------
+
+
+def noisy(height: int, width: int, channels: int = 3) -> Tensor:
+    random = torch.Generator().manual_seed(height * width)
+    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random)
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos"])
+def test_filters_are_pils_on_the_middle_square(name: str) -> None:
+    image = noisy(21, 30)
+    square = as_picture(image).crop((4, 0, 25, 21))
+    wanted = square.resize((8, 8), getattr(Image.Resampling, name.upper()))
+    assert torch.equal(ImagePreparation(size=8, resize=name)(image), as_tensor(wanted))
+
+
+def test_without_a_crop_the_image_is_stretched() -> None:
+    image = noisy(10, 20)
+    wanted = as_picture(image).resize((7, 7), Image.Resampling.LANCZOS)
+    prepare = ImagePreparation(size=7, resize="lanczos", crop="none")
+    assert torch.equal(prepare(image), as_tensor(wanted))
+    assert torch.equal(ImagePreparation(crop="none")(image), image)
+    area = ImagePreparation(size=5, crop="none")(image).float()
+    wanted_area = image.float().reshape(3, 5, 2, 5, 4).mean(dim=(2, 4)).round()
+    assert torch.equal(area, wanted_area)
+
+
+@pytest.mark.parametrize(("height", "width"), [(67, 50), (33, 90), (16, 17), (8, 8), (5, 7)])
+def test_adm_halves_then_bicubic_then_crops(height: int, width: int) -> None:
+    size, image = 8, noisy(height, width)
+    picture = as_picture(image)
+    while min(picture.size) >= 16:
+        picture = picture.resize((picture.size[0] // 2, picture.size[1] // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize(
+        (round(picture.size[0] * scale), round(picture.size[1] * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = (picture.size[0] - size) // 2, (picture.size[1] - size) // 2
+    wanted = as_tensor(picture.crop((left, top, left + size, top + size)))
+    assert torch.equal(ImagePreparation(size=8, resize="adm")(image), wanted)
+
+
+def test_no_resize_demands_the_size() -> None:
+    prepare = ImagePreparation(size=8, resize="none")
+    assert prepare(noisy(8, 9)).shape == (3, 8, 8)
+    with pytest.raises(ConfigError, match=r"resize none wants images of 8x8 pixels, got 9x9"):
+        prepare(noisy(9, 12))
+    uncropped = ImagePreparation(size=8, resize="none", crop="none")
+    with pytest.raises(ConfigError, match=r"wants images of 8x8 pixels, got 9x8"):
+        uncropped(noisy(8, 9))
+
+
+def test_padding_comes_before_a_filter_too() -> None:
+    image = noisy(6, 6)
+    bordered = torch.nn.functional.pad(image, (1, 1, 1, 1))
+    wanted = as_picture(bordered).resize((4, 4), Image.Resampling.BICUBIC)
+    prepare = ImagePreparation(pad=1, size=4, resize="bicubic")
+    assert torch.equal(prepare(image), as_tensor(wanted))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resize": "cubic"}, "resize: wanted one of area, bilinear, bicubic, .*got 'cubic'"),
+        ({"crop": "left"}, "crop: wanted one of center, none, got 'left'"),
+        ({"resize": "lanczos"}, "resize lanczos wants a size, got none; give --size"),
+        (
+            {"resize": "adm", "size": 8, "pad": 1},
+            "adm crops by itself .* got crop center and pad 1",
+        ),
+        ({"resize": "adm", "size": 8, "crop": "none"}, "adm crops by itself .* got crop none"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ImagePreparation(**settings)
+
+
+def test_the_record_names_every_choice_and_keeps_old_descriptions() -> None:
+    packaged = open_reference("fashion-mnist").source["preparation"]
+    assert ImagePreparation(**packaged).record() == packaged
+    assert ImagePreparation(pad=2, size=16, channels=1).record() == packaged
+    chosen = ImagePreparation(size=16, crop="none", resize="lanczos")
+    assert chosen.record() == asdict(chosen)
+
+
 # --- what can be wrong ------------------------------------------------------------------------
 
 
 def test_a_missing_collection_says_what_is_wanted(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"wanted a folder, an \.npz file or torchvision:"):
+    with pytest.raises(
+        ConfigError, match=r"wanted a folder, a \.zip or \.npz file or torchvision:"
+    ):
         open_images(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"no image files there \(wanted \.bmp \.jpeg"):
         open_images(str(tmp_path))
@@ -195,6 +366,58 @@ def test_a_damaged_picture_is_named(tmp_path: Path, damage: str) -> None:
     path.write_bytes(contents[damage])
     with pytest.raises(CorruptFile, match=r"image .*a\.png: cannot be read"):
         open_images(str(tmp_path)).image(0)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut short"])
+def test_a_damaged_zip_is_named(tmp_path: Path, damage: str) -> None:
+    picture(tmp_path / "in" / "a.png")
+    path = zipped(tmp_path / "in", tmp_path / "a.zip")
+    whole = path.read_bytes()
+    contents = {"empty": b"", "text": b"hello", "cut short": whole[: len(whole) // 2]}
+    path.write_bytes(contents[damage])
+    with pytest.raises(CorruptFile, match=r"a\.zip: not a readable zip file"):
+        open_images(str(path))
+
+
+def encrypted(content: bytes) -> bytes:
+    """With the flags that say so, in the entry's own header and in the directory."""
+    directory = content.index(b"PK\x01\x02")
+    flagged = bytearray(content)
+    flagged[6] |= 1
+    flagged[directory + 8] |= 1
+    return bytes(flagged)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": lambda content: content[:60] + bytes(255 - b for b in content[60:70]) + content[70:],
+    "no header": lambda content: b"XX" + content[2:],
+    "encrypted": encrypted,
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "no image"])
+def test_a_damaged_member_of_a_zip_is_named(tmp_path: Path, damage: str) -> None:
+    picture(tmp_path / "in" / "a.png", size=30)
+    if damage == "no image":
+        (tmp_path / "in" / "a.png").write_text("hello")
+    path = zipped(tmp_path / "in", tmp_path / "a.zip")
+    path.write_bytes(DAMAGES.get(damage, bytes)(path.read_bytes()))
+    with pytest.raises(CorruptFile, match=r"image a\.png in .*a\.zip: cannot be read"):
+        open_images(str(path)).image(0)
+
+
+def test_a_zip_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = zipped(tmp_path / "in", tmp_path / "a.zip", **{"dataset.json": "{}"})
+    with pytest.raises(ConfigError, match=r"a\.zip': no image files in it \(wanted \.bmp"):
+        open_images(str(path))
+
+
+def test_published_statistics_are_no_images(tmp_path: Path) -> None:
+    images = np.zeros((2, 3, 3, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=images, mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(ConfigError, match=r"a\.npz: wanted images, got published.*--statistics"):
+        open_images(str(tmp_path / "a.npz"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut short", "flipped", "pickle", "npy"])

@@ -57,7 +57,7 @@ def train_folder(
     losses = _train_and_save_denoiser(pixels, labels, denoiser, out, say)
     card = {
         "images": images,
-        "preparation": asdict(preparation),
+        "preparation": preparation.record(),
         "classes": open_images(images).class_names,
         "denoiser": asdict(denoiser),
         "classifier": asdict(classifier),
