@@ -152,6 +152,42 @@ def test_csv_whole_and_json_alike() -> None:
     assert found[1]["fid-fashion_delta"] == -0.5
 
 
+def doubtful() -> Results:
+    """Rows with the paper's numbers, two of them doubtful for one reason and one for another."""
+    shared = {"doubt": "the table has <two> headings", "efficiency": CACHE}
+    return toy(
+        row("Full", 9.8, 2e8, control=True),
+        row("A", 9.9, 1e8, paper={"fid": 4.32}, **shared),
+        row("B", 9.7, 1e8, paper={"fid": 3.76, "is": 40.5}, **shared),
+        row("C", 9.6, 1e8, efficiency=CACHE, doubt="not printed"),
+        row("D", 9.5, 1e8, efficiency=CACHE, paper={"fid": 5.0}),
+    )
+
+
+def test_a_doubtful_number_says_so_and_why() -> None:
+    lines = table([doubtful()], "md").splitlines()
+    cells = [line.split("|")[-2].strip() for line in lines if line.startswith("| ")]
+    assert cells[:1] == ["paper"]
+    assert cells[2:] == [
+        "-", "fid 4.32 (doubtful)", "fid 3.76, is 40.5 (doubtful)", "- (doubtful)", "fid 5"
+    ]  # fmt: skip
+    notes = [line for line in lines if line.startswith("(doubtful), ")]
+    assert notes == [
+        "(doubtful), A, B: the table has \\<two> headings", "(doubtful), C: not printed"
+    ]  # fmt: skip
+    page = report_page(doubtful(), b"", {})
+    assert ">fid 4.32 (doubtful)</td>" in page
+    assert "(doubtful), A, B: the table has &lt;two&gt; headings" in page
+    assert "&quot;doubt&quot;: &quot;not printed&quot;" in page
+
+
+def test_doubts_are_columns_of_their_own_where_there_are_any() -> None:
+    reasons = [record["doubt"] for record in json.loads(table([doubtful()], "json"))]
+    assert reasons == [None, *["the table has <two> headings"] * 2, "not printed", None]
+    assert "doubt" not in json.loads(table([small()], "json"))[0]
+    assert table([doubtful()], "csv").splitlines()[0].endswith(",paper_fid,paper_is,doubt")
+
+
 def test_intervals_are_shown_and_end_the_warning() -> None:
     text = table([toy(row("A", 2.0, 200.0, ci95=(1.5, 2.5)), images=50_000)], "md")
     assert re.search(r"\| A +\| +2.000 \[1.500, 2.500\] \|", text)

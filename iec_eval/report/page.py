@@ -164,7 +164,7 @@ def _gallery(png: bytes) -> str:
 
 
 def _parts(results: Results) -> dict[str, Any]:
-    keys = {"fingerprint", "control", "efficiency", "callbacks", "paper"}
+    keys = {"fingerprint", "control", "efficiency", "callbacks", "paper", "doubt"}
     return {row.name: row.model_dump(include=keys) for row in results.variants}
 
 

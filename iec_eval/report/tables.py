@@ -97,7 +97,7 @@ def grid(results: Sequence[Results], directions: Directions | None = None) -> Gr
         _Column("variant", lambda row: variant_label(row.variant)),
         *(_metric_column(name, rows, directions) for name in metric_names(results)),
         *_cost_columns(rows),
-        *([_Column("paper", _paper)] if any(row.variant.paper for row in rows) else []),
+        *([_Column("paper", _paper)] if any(map(_has_remarks, rows)) else []),
     ]
     cells = [[column.cell(row) for column in columns] for row in rows]
     headers = [column.header for column in columns]
@@ -188,9 +188,16 @@ def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
     ]
 
 
+def _has_remarks(row: Row) -> bool:
+    return bool(row.variant.paper or row.variant.doubt)
+
+
 def _paper(row: Row) -> str:
     reported = row.variant.paper or {}
-    return ", ".join(f"{name} {value:g}" for name, value in reported.items()) or NOTHING
+    text = ", ".join(f"{name} {value:g}" for name, value in reported.items())
+    if not row.variant.doubt:
+        return text or NOTHING
+    return f"{text or NOTHING} (doubtful)"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -204,7 +211,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(
             "(simulated): the saved arithmetic is still done, so seconds do not show the saving."
         )
-    return notes
+    return notes + _doubts(rows)
+
+
+def _doubts(rows: Sequence[Row]) -> list[str]:
+    """A note per reason, with the rows it concerns."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.variant.doubt:
+            reasons.setdefault(row.variant.doubt, []).append(row.variant.name)
+    return [f"(doubtful), {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _bases(rows: Sequence[Row]) -> str:
@@ -219,9 +235,9 @@ def _bases(rows: Sequence[Row]) -> str:
 
 
 def ending(variant: Variant) -> str:
-    """Why a row is not done, or nothing."""
+    """Why a row is not done, or lacks a metric; or nothing."""
     if variant.status == "done":
-        return ""
+        return f"{variant.name}: {variant.error}" if variant.error else ""
     return f"{variant.name} [{variant.status}]: {variant.error or 'not every image is there'}"
 
 
@@ -289,7 +305,10 @@ def records(results: Sequence[Results]) -> list[Record]:
     names = metric_names(results)
     rows = [Row(document, variant) for document in results for variant in document.variants]
     papers = list(dict.fromkeys(name for row in rows for name in row.variant.paper or {}))
-    return [_record(row, names, papers) for row in rows]
+    found = [_record(row, names, papers) for row in rows]
+    if not any(row.variant.doubt for row in rows):
+        return found
+    return [{**one, "doubt": row.variant.doubt} for one, row in zip(found, rows, strict=True)]
 
 
 def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
