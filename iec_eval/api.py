@@ -18,7 +18,7 @@ from iec_eval.errors import (
     UnknownName,
 )
 from iec_eval.hookspecs import hookimpl
-from iec_eval.metrics.base import Metric
+from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.models.base import DiffusionModel, to_uint8
 from iec_eval.noise import Draw, Noise
@@ -48,6 +48,8 @@ __all__ = [
     "MissingArtifact",
     "Noise",
     "NoiseSchedule",
+    "PairedMetric",
+    "Pairs",
     "PluginError",
     "Sampler",
     "State",

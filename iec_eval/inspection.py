@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from iec_eval.assembly import artifact_keys
-from iec_eval.cost import evaluation_cost, expected_evaluations
+from iec_eval.cost import EvaluationCost, evaluation_costs, expected_evaluations
 from iec_eval.generation import Job
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
@@ -18,15 +18,23 @@ from iec_eval.storage import RunFolder
 from iec_eval.study import Study
 
 
-def study_rows(jobs: Sequence[Job], study: Study, run: RunFolder) -> list[dict[str, Any]]:
-    """What each row would do, need and still lacks."""
-    return [_row(job, study, run) for job in jobs]
+def study_rows(
+    jobs: Sequence[Job], study: Study, run: RunFolder, tflops: float
+) -> list[dict[str, Any]]:
+    """What each row would do, need and still lacks, and its hours at ``tflops`` 10^12 FLOP/s."""
+    costs = evaluation_costs([job.plan for job in jobs])
+    return [_row(job, cost, study, run, tflops) for job, cost in zip(jobs, costs, strict=True)]
 
 
-def study_as_text(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """The resolved configuration and a line per row."""
+def study_as_text(
+    study: Study, rows: Sequence[dict[str, Any]], lacking: Sequence[str], tflops: float
+) -> str:
+    """The resolved configuration, a line per row, the sum, and what must be had first."""
     config = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    return "\n".join([config, *map(_row_as_text, rows)])
+    lines = [config, *map(_row_as_text, rows), _total_as_text(rows, tflops)]
+    if lacking:
+        lines += ["", "Before it can run:", *(f"- {line}" for line in lacking)]
+    return "\n".join(lines)
 
 
 def distribution_as_text(item: dict[str, Any]) -> str:
@@ -80,13 +88,16 @@ def _artifacts(job: Job, run: RunFolder) -> list[dict[str, str]]:
     ]
 
 
-def _row(job: Job, study: Study, run: RunFolder) -> dict[str, Any]:
-    cost, expected = evaluation_cost(job.plan), expected_evaluations(job.plan)
+def _row(
+    job: Job, cost: EvaluationCost, study: Study, run: RunFolder, tflops: float
+) -> dict[str, Any]:
+    expected = expected_evaluations(job.plan)
+    macs = cost.macs(expected.full, expected.cached)
     channels, height, width = job.plan.model.image_shape
     count = study.images.count
     return {
         "name": job.plan.experiment.name,
-        "fingerprint": job.plan.fingerprint,
+        "fingerprint": job.plan.fingerprint if job.plan.identity else None,
         "control": job.plan.experiment.control,
         "parts": [part.name for part in job.plan.parts()],
         "artifacts": _artifacts(job, run),
@@ -95,12 +106,13 @@ def _row(job: Job, study: Study, run: RunFolder) -> dict[str, Any]:
         "steps": len(job.plan.sampler.timesteps),
         "evaluations_full": expected.full,
         "evaluations_cached": expected.cached,
-        "macs_per_image": cost.macs(expected.full, expected.cached),
+        "macs_per_image": macs,
         "bit_operations_per_image": cost.bit_operations(expected.full, expected.cached),
         "weight_bytes": cost.weight_bytes,
         "images": count,
         "missing": sum(len(part) for part in job.missing(study.execution.chunk_size)),
         "disk_bytes": count * channels * height * width,
+        "hours": 2 * macs * count / (tflops * 1e12) / 3600,
     }
 
 
@@ -111,8 +123,23 @@ def _row_as_text(row: dict[str, Any]) -> str:
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
-        f"images missing, {quantity(row['disk_bytes'], 'B')} on disk{calibration}"
+        f"images missing, {quantity(row['disk_bytes'], 'B')} on disk, "
+        f"{_hours(row['hours'])}{calibration}"
     )
+
+
+def _total_as_text(rows: Sequence[dict[str, Any]], tflops: float) -> str:
+    """The sum over rows; hours are of multiply-accumulates alone, two operations each."""
+    disk, hours = sum(row["disk_bytes"] for row in rows), sum(row["hours"] for row in rows)
+    return (
+        f"In all {len(rows)} rows, {quantity(disk, 'B')} on disk, {_hours(hours)}: estimated from "
+        f"the U-Net's multiply-accumulates at {tflops:g} TFLOP/s; calibration, decoding, scoring "
+        "and the extra work of simulated bits are not in it"
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 0.1 else f"{3600 * hours:.0f} seconds"
 
 
 def _options(cls: Any) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ import torch
 import yaml
 from PIL import Image
 
-from iec_eval import inspection, provenance
+from iec_eval import hub, inspection, provenance
 from iec_eval import study as studies
 from iec_eval.assembly import Plan, missing_artifacts, plan_metrics, plan_study
 from iec_eval.assembly import calibrate as calibrate_plan
-from iec_eval.cost import EvaluationCost, evaluation_cost
+from iec_eval.cost import evaluation_costs
 from iec_eval.errors import ConfigError, CorruptFile, MissingArtifact, StorageError
-from iec_eval.evaluation import covering, protocol, score
+from iec_eval.evaluation import covering, groups, protocol, score
 from iec_eval.generation import (
     Job,
     calibration_device,
@@ -29,10 +29,9 @@ from iec_eval.generation import (
     use_all_threads,
 )
 from iec_eval.generation import generate as generate_images
-from iec_eval.images import ImagePreparation, Subset, open_images
+from iec_eval.images import ImagePreparation
 from iec_eval.metrics.base import Metric
-from iec_eval.metrics.features import feature_network
-from iec_eval.metrics.statistics import FILE, reference_from_images
+from iec_eval.metrics.statistics import FILE
 from iec_eval.plugins import Registry, load_registry
 from iec_eval.progress import Progress
 from iec_eval.report.page import write_report
@@ -45,7 +44,7 @@ from iec_eval.results import (
     write_results,
 )
 from iec_eval.storage import RunFolder, VariantFolder, write_json, write_text
-from iec_eval.study import Study
+from iec_eval.study import Study, full_precision
 from iec_eval.training.card import card_as_text
 from iec_eval.training.classifier import ClassifierRecipe
 from iec_eval.training.denoiser import DenoiserRecipe
@@ -83,16 +82,20 @@ class Outcome:
     complete: bool
 
 
-def prepare(source: str, overrides: Sequence[str], out: Path | None) -> Session:
+def prepare(
+    source: str, overrides: Sequence[str], out: Path | None, lacking: list[str] | None = None
+) -> Session:
     """Read a study and check all of it: names, options, files, numbers.
+
+    With a list ``lacking``, files that are not there are noted in it; the study can be shown.
 
     Raises ConfigError and its kin for anything wrong, before anything expensive.
     """
     study = studies.load(source, overrides)
     registry = load_registry()
     _tell_broken(registry)
-    plans = plan_study(study, registry)
-    metrics = plan_metrics(study, registry, plans[0].model.image_shape)
+    plans = plan_study(study, registry, lacking)
+    metrics = plan_metrics(study, registry, plans[0].model, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     jobs = [Job(plan, run.variant(plan.experiment.name, plan.fingerprint)) for plan in plans]
     return Session(study, registry, run, jobs, metrics)
@@ -142,14 +145,26 @@ def table(folders: Sequence[Path], form: str) -> str:
     return results_table([read_results(_results_file(f)) for f in folders], form).rstrip("\n")
 
 
-def show(source: str, overrides: Sequence[str], out: Path | None, *, as_json: bool) -> str:
-    """What a study would do and cost; no weights are read."""
-    session = prepare(source, overrides, out)
-    rows = inspection.study_rows(session.jobs, session.study, session.run)
+def show(
+    source: str, overrides: Sequence[str], out: Path | None, *, as_json: bool, tflops: float
+) -> str:
+    """What a study would do, need and cost; no weights are read, and they need not be there."""
+    lacking = list[str]()
+    with hub.offline():
+        session = prepare(source, overrides, out, lacking)
+    rows = inspection.study_rows(session.jobs, session.study, session.run, tflops)
     if not as_json:
-        return inspection.study_as_text(session.study, rows)
-    config = session.study.model_dump(mode="json", exclude_defaults=True)
-    return json.dumps({"study": config, "out": str(session.run.path), "rows": rows}, indent=2)
+        return inspection.study_as_text(session.study, rows, lacking, tflops)
+    return json.dumps(
+        {
+            "study": session.study.model_dump(mode="json", exclude_defaults=True),
+            "out": str(session.run.path),
+            "lacking": lacking,
+            "tflops": tflops,
+            "rows": rows,
+        },
+        indent=2,
+    )
 
 
 def plugins(*, as_json: bool) -> str:
@@ -166,43 +181,6 @@ def parts(*, as_json: bool) -> str:
     if as_json:
         return json.dumps(found, indent=2)
     return "\n".join(inspection.part_as_text(part) for part in found)
-
-
-def reference(
-    images: str,
-    out: Path,
-    *,
-    features: str,
-    weights: str | None,
-    pad: int,
-    size: int | None,
-    channels: str | None,
-    count: int | None,
-) -> str:
-    """Make reference statistics from images; says what was written."""
-    RunFolder(out.parent).open()  # fail before the work, not after it
-    network = feature_network(features, weights)
-    network.load()
-    preparation = ImagePreparation(pad, size, int(channels) if channels else None)
-    collection = open_images(images)
-    if count is not None:
-        collection = Subset(collection, count)
-    progress = Progress("images")
-    progress.start(len(collection))
-    progress.describe(f"reference {out.name}")
-    done = 0
-
-    def tell(now: int, total: int) -> None:
-        nonlocal done
-        progress.advance(now - done)
-        done = now
-
-    statistics = reference_from_images(
-        collection, preparation, network, source=images, progress=tell
-    )
-    progress.close()
-    statistics.save(out)
-    return f"{out}: {statistics.count} images, {len(statistics.mu)} features"
 
 
 def export(out: Path, folder: Path, variant: str | None) -> str:
@@ -344,16 +322,14 @@ def _evaluate(session: Session) -> Outcome:
 
 def _scored(session: Session) -> Results:
     progress = Progress("features")
-    progress.start(len(session.jobs) * session.study.images.count)
-    costs: dict[str, EvaluationCost] = {}
+    progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
+    base = _full_precision_job(session)
     rows = []
-    for job in session.jobs:
+    for job, cost in zip(session.jobs, evaluation_costs(session.plans), strict=True):
         name = job.plan.experiment.name
         progress.describe(f"scoring {name}")
-        key = json.dumps(job.plan.experiment.efficiency, sort_keys=True)
-        costs[key] = costs.get(key) or evaluation_cost(job.plan)
-        row = score(job, session.metrics, costs[key], progress)
-        rows.append(row.model_copy(update={"paper": session.study.paper.get(name)}))
+        row = score(job, session.metrics, cost, progress, base)
+        rows.append(row.model_copy(update=session.study.remarks(name)))
     progress.close()
     results = Results(
         study=session.study.study,
@@ -362,6 +338,11 @@ def _scored(session: Session) -> Results:
         variants=rows,
     )
     return with_deltas(with_relative_costs(results))
+
+
+def _full_precision_job(session: Session) -> Job | None:
+    row = full_precision(plan.experiment for plan in session.plans)
+    return next((job for job in session.jobs if job.plan.experiment is row), None)
 
 
 def _write_report(session: Session, results: Results) -> list[Path]:

@@ -135,7 +135,7 @@ def test_show_reads_no_weights(
     def refuse(*_: Any) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("iec_eval.models.unet.load_weights", refuse)
+    monkeypatch.setattr("iec_eval.networks.load_weights", refuse)
     monkeypatch.setattr("iec_eval.metrics.features.load_weights", refuse)
     monkeypatch.setattr(FolderModel, "load", refuse)
     monkeypatch.setattr(ClassifierFeatures, "load", refuse)
@@ -150,10 +150,46 @@ def test_show_prints_the_study_and_a_line_for_each_row(
     shown = cli("show", write_study(tmp_path)).stdout.splitlines()
     assert shown[0] == "study: toy"
     cost = rows(cli, write_study(tmp_path))["cached + IEC"]["macs_per_image"] / 1e6
-    assert shown[-1] == (
+    assert shown[-2] == (
         f"cached + IEC: 5 steps, 4 full + 3 cached evaluations, {cost:.3g} MMAC an image; "
-        "10 of 10 images missing, 640 B on disk"
+        "10 of 10 images missing, 640 B on disk, 0 seconds"
     )
+    assert shown[-1].startswith("In all 3 rows, 1.92 kB on disk, 0 seconds: estimated from")
+
+
+def test_show_estimates_hours_from_the_work(cli: Cli, write_study: Write, tmp_path: Path) -> None:
+    """Two operations for each multiply-accumulate, of all images."""
+    study = write_study(tmp_path, images={"count": 1_000_000})
+    for row in rows(cli, study, "--tflops", "0.001").values():
+        wanted = 2 * row["macs_per_image"] * 1_000_000 / 1e9 / 3600
+        assert row["hours"] == pytest.approx(wanted)
+    lines = cli("show", study, "--tflops", "0.001").stdout.splitlines()
+    hours = sum(row["hours"] for row in rows(cli, study, "--tflops", "0.001").values())
+    assert f"{hours:.1f} hours: estimated" in lines[-1]
+    assert "at 0.001 TFLOP/s" in lines[-1]
+
+
+def test_show_lists_what_is_missing_and_the_other_verbs_refuse(
+    cli: Cli, write_study: Write, tmp_path: Path
+) -> None:
+    metrics = [{"name": "fid", "weights": "/nowhere/inception", "reference": "nowhere.safetensors"}]
+    study = write_study(tmp_path, model={"name": "ddpm-cifar10", "path": "gone"}, metrics=metrics)
+    found = json.loads(cli("show", study, "--json").stdout)
+    assert len(found["lacking"]) == 3
+    assert found["lacking"][0].startswith("model: gone/unet/config.json not found")
+    assert found["lacking"][1].startswith("features inception: no weights at /nowhere/inception")
+    assert found["lacking"][2].startswith("reference 'nowhere.safetensors': wanted a file")
+    assert "Before it can run:\n- model: gone/" in cli("show", study).stdout
+    for verb in ("launch", "generate", "calibrate", "evaluate"):
+        assert refusal(cli(verb, study, "-o", tmp_path / "out")).startswith("model: gone/unet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_prints_what_is_doubtful(cli: Cli, write_study: Write, tmp_path: Path) -> None:
+    path = write_study(tmp_path, doubtful={"cached": "Two values are published."})
+    assert "cached: Two values are published." in cli("show", path).stdout
+    shown = json.loads(cli("show", path, "--json").stdout)
+    assert shown["study"]["doubtful"] == {"cached": "Two values are published."}
 
 
 @pytest.mark.parametrize(
@@ -355,12 +391,13 @@ def test_one_row_may_be_exported(
 
 @pytest.fixture
 def collections(tmp_path: Path) -> dict[str, str]:
-    """The same 6 images of 28x28 as a folder, an npz file and a data set of torchvision."""
+    """The same 6 images of 28x28 as a folder, npz and zip files and a data set of torchvision."""
     pixels = np.random.default_rng(3).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     (tmp_path / "folder").mkdir()
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "folder" / f"{index}.png")
     np.savez(tmp_path / "images.npz", pixels[..., None])
+    shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "folder")
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for stem in ("train", "t10k"):
@@ -372,11 +409,12 @@ def collections(tmp_path: Path) -> dict[str, str]:
     return {
         "folder": str(tmp_path / "folder"),
         "npz": str(tmp_path / "images.npz"),
+        "zip": str(tmp_path / "images.zip"),
         "torchvision": f"torchvision:FashionMNIST:{tmp_path}:train",
     }
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz", "torchvision"])
+@pytest.mark.parametrize("kind", ["folder", "npz", "zip", "torchvision"])
 @pytest.mark.parametrize("count", [None, 4])
 def test_reference_is_mean_and_covariance_of_the_features(
     cli: Cli, toy: Toy, collections: dict[str, str], tmp_path: Path, kind: str, count: int | None
@@ -396,6 +434,20 @@ def test_reference_is_mean_and_covariance_of_the_features(
     np.testing.assert_allclose(found.mu, features.mean(0), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(found.sigma, np.cov(features.T), rtol=1e-5, atol=1e-9)
     assert found.source["images"] == collections[kind]
+    assert found.source["preparation"] == {"pad": 2, "size": 8, "channels": None}
+
+
+def test_reference_prepares_as_it_is_told(
+    cli: Cli, toy: Toy, collections: dict[str, str], tmp_path: Path
+) -> None:
+    pixels = {}
+    for resize in ("area", "bilinear", "bicubic", "lanczos", "adm"):
+        options = ["--features", toy.features, "--size", 8, "--resize", resize]
+        assert cli("reference", collections["zip"], tmp_path / resize, *options).exit_code == 0
+        source = ReferenceStatistics.load(tmp_path / resize).source
+        assert source["preparation"].get("resize", "area") == resize
+        pixels[source["pixels"]] = resize
+    assert len(pixels) == 5
 
 
 # --- mistakes ---------------------------------------------------------------------------------
@@ -412,7 +464,10 @@ def refusal(result: Result) -> str:
     return message.rstrip("\n")
 
 
-KNOWN = "calibration, controls, execution, images, metrics, model, paper, sampler, study, variants"
+KNOWN = (
+    "calibration, controls, doubtful, execution, images, metrics, model, paper, sampler, study, "
+    "variants"
+)
 IEC_ON = [{"name": "iec row", "callbacks": [{"name": "iec"}]}]
 
 
@@ -596,6 +651,8 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 
+LACKING = {"no reference", "inception without weights"}  # no mistake for show: it lists them
+
 
 def filled(value: Any, places: dict[str, str]) -> Any:
     """Placeholders of a message or a study replaced by paths."""
@@ -620,7 +677,8 @@ def test_a_mistake_in_a_study_gets_one_clear_message(
         "TMP": str(tmp_path),
     }
     changes, message = (filled(value, places) for value in STUDY_MISTAKES[mistake])
-    told = refusal(cli("show", write_study(tmp_path, **changes)))
+    verb = "evaluate" if mistake in LACKING else "show"
+    told = refusal(cli(verb, write_study(tmp_path, **changes), "-o", tmp_path / "out"))
     assert message in told
     assert "\n" not in told
 
@@ -795,13 +853,16 @@ def test_an_export_of_nothing_is_refused(cli: Cli, tmp_path: Path, finished: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "images 'nowhere': wanted a folder, an .npz file or torchvision:NAME:ROOT:"),
+        (["nowhere"], "images 'nowhere': wanted a folder, a .zip or .npz file or torchvision:"),
         (["one.npz"], "reference of one.npz: wanted two images or more, got 1"),
         (["five.npz", "--count", "6"], "6 images wanted, the collection has 5"),
         (["five.npz", "--size", "7"], "wanted images of shape (1, 8, 8), got (1, 7, 7)"),
         (["five.npz", "--channels", "3"], "wanted images of shape (1, 8, 8), got (3, 8, 8)"),
         (["five.npz", "--features", "here"], "unknown feature network 'here' (available: "),
         (["text.npz"], "text.npz: not a readable npz file ("),
+        (["text.zip"], "text.zip: not a readable zip file ("),
+        (["five.npz", "--size", "7", "--resize", "none"], "wants images of 7x7 pixels, got 8x8"),
+        (["five.npz", "--keep-features", "6"], "features of 6 images to be kept, there are 5"),
         (["torchvision:MNIST"], "images 'torchvision:MNIST': wanted torchvision:NAME:ROOT:SPLIT"),
     ],
 )
@@ -817,6 +878,7 @@ def test_a_reference_that_cannot_be_made_is_refused(
     for name, count in (("one", 1), ("five", 5)):
         np.savez(f"{name}.npz", np.zeros((count, 8, 8, 1), dtype=np.uint8))
     Path("text.npz").write_text("hello")
+    Path("text.zip").write_text("hello")
     images, *options = words
     told = refusal(cli("reference", images, "out", "--features", toy.features, *options))
     assert message in told
@@ -841,6 +903,9 @@ def test_training_needs_classes(cli: Cli, tmp_path: Path) -> None:
         (["reference", "a", "b", "--size", "0"], "0 is not in the range x>=1"),
         (["reference", "a", "b", "--pad", "-1"], "-1 is not in the range x>=0"),
         (["reference", "a", "b", "--channels", "2"], "'2' is not one of '1', '3'"),
+        (["reference", "a", "b", "--resize", "cubic"], "'cubic' is not one of 'area', 'bilinear'"),
+        (["reference", "a", "b", "--keep-features", "0"], "0 is not in the range x>=1"),
+        (["reference", "a", "b", "--statistics", "adm"], "'adm' is not one of 'pytorch-fid'"),
         (["train", "a", "b"], "Missing option '--tag'"),
         (["train", "a", "b", "--tag", "c", "--steps", "0"], "0 is not in the range x>=1"),
     ],

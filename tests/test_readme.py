@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iec_eval.assembly import plan_study
+from iec_eval.assembly import build, plan_study
 from iec_eval.cli.main import cli
 from iec_eval.options import validated
 from iec_eval.plugins import load_registry
@@ -69,6 +69,18 @@ def test_the_plugin_works_and_keeps_the_contract():
     (callback,) = scope["iec_eval_callbacks"]()  # type: ignore[operator]
     assert callback.name == "epsilon-scaling"
     check_callback(callback, {"factor": 1.01}, neutral={"factor": 1.0})
+
+
+def test_the_metrics_are_all_there():
+    """In the table, and with options that they have where they are shown."""
+    registry = load_registry()
+    section = README.read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)) == sorted(
+        registry.names("metric")
+    )
+    (text,) = blocks("yaml metrics")
+    for part in yaml.safe_load(text)["metrics"]:
+        build(registry, "metric", part, "README")
 
 
 def test_every_part_the_readme_names_is_registered():

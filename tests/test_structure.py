@@ -37,9 +37,13 @@ LAYERS = {
     "options": 1,
     "storage": 1,
     "images": 1,
+    "hub": 1,
+    "pretrained": 1,
     "study": 2,
+    "networks": 2,
     "denoising": 3,
     "metrics.features": 4,  # what a feature network is, and the networks
+    "conversion": 4,
     "*.base": 5,
     "callbacks.base": 6,  # a callback sees steps of a sampler
     "*.hooks": 8,
@@ -59,6 +63,7 @@ LAYERS = {
     "report": 13,
     "evaluation": 13,
     "inspection": 14,
+    "references": 14,
     "analysis": 14,
     "workflow": 15,
     "cli": 16,
@@ -285,7 +290,7 @@ def test_every_study_assembles(path: Path) -> None:
     registry = load_registry()
     study = load(str(path))
     plans = plan_study(study, registry)
-    assert plan_metrics(study, registry, plans[0].model.image_shape)
+    assert plan_metrics(study, registry, plans[0].model)
     assert len({plan.fingerprint for plan in plans}) == len(plans)
 
 
