@@ -239,6 +239,13 @@ def started(
     *arguments: Any, preexec_fn: Callable[[], None] | None = None, **more: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A real process in a group of its own; none of the group survives the block."""
+
+    def prepare() -> None:
+        # a shell that starts the tests in the background has them, and all they start, ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if preexec_fn is not None:
+            preexec_fn()
+
     process = subprocess.Popen(
         command(*arguments),
         env=environment(**more),
@@ -246,7 +253,7 @@ def started(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=preexec_fn,
+        preexec_fn=prepare,
     )
     try:
         yield process
