@@ -152,9 +152,11 @@ def plan_metrics(
 
 
 def _prepare(metric: Metric, count: int, model: DiffusionModel, lacking: list[str] | None) -> None:
-    if lacking is not None and (model.missing() or metric.missing()):
-        lacking += [line for line in metric.missing() if line not in lacking]
-        return
+    if lacking is not None:
+        missing = metric.missing()  # hashes weights: asked for once
+        lacking += [line for line in missing if line not in lacking]
+        if missing or model.missing():
+            return
     metric.bind(model)
     metric.prepare(count)
 
