@@ -40,6 +40,10 @@ class MissingArtifact(IecEvalError):
     """A file that an earlier stage should have made is not there."""
 
 
+class SchedulerError(IecEvalError):
+    """SLURM refused a request, or could not be asked."""
+
+
 class PluginError(IecEvalError):
     """A plugin is broken, or two plugins claim one name."""
 
@@ -48,8 +52,16 @@ class StorageError(IecEvalError):
     """A file or folder cannot be written: no space, no permission, not a folder."""
 
 
+class ProcessesError(IecEvalError):
+    """The processes of a run cannot work together."""
+
+
 class CorruptFile(IecEvalError):
     """A file exists but cannot be read as what it should be."""
+
+
+class CorruptChunk(CorruptFile):
+    """A chunk of images was damaged; it has been set aside and can be made again."""
 
 
 def complaints(attempt: Callable[[], object]) -> list[str]:

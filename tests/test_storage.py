@@ -8,7 +8,10 @@ import os
 import pickle
 import random
 import re
+import subprocess
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from iec_eval import storage
-from iec_eval.errors import ConfigError, CorruptFile, MissingArtifact, StorageError
-from iec_eval.evaluation import covering
-from iec_eval.storage import (
+from iec_eval import processes, runs, storage
+from iec_eval.errors import ConfigError, CorruptChunk, CorruptFile, MissingArtifact, StorageError
+from iec_eval.runs import (
     Chunk,
     IndexRange,
     RunFolder,
+    Spent,
     VariantFolder,
+    covering,
+    finished_ranges,
+    missing_ranges,
+)
+from iec_eval.storage import (
     atomic_path,
     load_weights,
-    missing_ranges,
     read_tensors,
     write_tensors,
     write_text,
@@ -44,7 +51,7 @@ def refuse(number: int) -> Callable[..., None]:
 
 def chunk(start: int = 4, stop: int = 7) -> Chunk:
     pixels = torch.arange((stop - start) * 4, dtype=torch.uint8).reshape(-1, 1, 2, 2)
-    return Chunk(IndexRange(start, stop), pixels, 30, 12, 0.5)
+    return Chunk(IndexRange(start, stop), pixels, Spent(30, 12, 0.5))
 
 
 # --- whole or not at all ----------------------------------------------------------------------
@@ -133,7 +140,9 @@ def test_a_chunk_comes_back_and_is_listed_without_opening(tmp_path: Path) -> Non
     assert torch.equal(found.images, made.images)
     assert {**vars(found), "images": None} == {**vars(made), "images": None}
     (folder.chunks / "000100-000199.safetensors").write_text("never opened")
-    (folder.chunks / ".000007-000008.safetensors.x.tmp").write_text("of a process that was killed")
+    (folder.chunks / ".000007-000008.safetensors.m-1.x.tmp").write_text(
+        "of a process that was killed"
+    )
     (folder.chunks / "notes.safetensors").write_text("somebody's")
     assert folder.finished() == [made.range, IndexRange(100, 200)]
 
@@ -184,26 +193,187 @@ def test_a_damaged_chunk_is_set_aside_and_missing(
         folder.write_chunk(part)
     path = folder.chunks / "000000-000003.safetensors"
     damage(path)
-    with pytest.raises(CorruptFile, match=re.escape(str(path))):
+    damaged = path.read_bytes()
+    with pytest.raises(CorruptChunk, match=rf"{re.escape(str(path))}.*set aside as .*\.corrupt"):
         folder.read_chunk(IndexRange(0, 4))
-    assert folder.set_aside_corrupt() == [path.with_suffix(".corrupt")]
+    assert path.with_suffix(".corrupt").read_bytes() == damaged
     assert folder.finished() == [IndexRange(4, 8)]
     assert missing_ranges(folder.finished(), 8, 4) == [IndexRange(0, 4)]
     assert folder.set_aside_corrupt() == []
+    assert folder.read_chunk(IndexRange(4, 8)).range == IndexRange(4, 8)
 
 
-def test_two_processes_may_set_the_same_chunk_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [damage_truncated, damage_emptied])
+def test_a_chunk_that_is_cut_off_is_set_aside_without_being_read(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = VariantFolder(tmp_path)
+    for part in (chunk(0, 4), chunk(4, 8)):
+        folder.write_chunk(part)
+    path = folder.chunks / "000000-000003.safetensors"
+    damage(path)
+    (complaint,) = folder.set_aside_corrupt()
+    assert complaint.startswith(str(path))
+    assert complaint.endswith("set aside as 000000-000003.corrupt, to be made again")
+    assert folder.finished() == [IndexRange(4, 8)]
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    folder, made = VariantFolder(tmp_path), chunk(0, 2)
+    folder.write_chunk(made)
+    path = folder.chunks / f"{made.range.stem}.safetensors"
+    whole = path.read_bytes()
+    kept = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = folder.read_chunk(made.range)
+        except CorruptChunk:
+            continue
+        kept += 1  # spaces that fill up the header, say
+        assert torch.equal(found.images, made.images)
+        assert found.spent == made.spent
+    assert kept < len(whole) // 10
+
+
+def test_a_chunk_without_a_checksum_is_not_believed(tmp_path: Path) -> None:
+    folder, made = VariantFolder(tmp_path), chunk()
+    tensors = {"images": made.images, "indices": torch.tensor(made.range.indices)}
+    path = folder.chunks / f"{made.range.stem}.safetensors"
+    write_tensors(path, tensors, asdict(made.spent))
+    with pytest.raises(CorruptChunk, match="has no checksum"):
+        folder.read_chunk(made.range)
+
+
+def test_two_processes_may_set_the_same_chunk_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = VariantFolder(tmp_path)
     folder.write_chunk(chunk())
-    path = folder.chunks / f"{chunk().range.stem}.safetensors"
+    damage_truncated(folder.chunks / f"{chunk().range.stem}.safetensors")
+    rename = Path.rename
+
+    def rename_late(path: Path, target: Path) -> Path:
+        rename(path, target)  # another process was faster
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    with pytest.raises(CorruptChunk):
+        folder.read_chunk(chunk().range)
+    assert folder.finished() == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_what_the_system_refuses_to_read_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run, folder, made = RunFolder(tmp_path / "run"), VariantFolder(tmp_path / "row"), chunk()
+    folder.write_chunk(made)
+    run.save("k" * 64, {"scale": torch.ones(3)}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse(number))
+        for read in (
+            lambda: folder.read_chunk(made.range),
+            folder.set_aside_corrupt,
+            lambda: run.load("k" * 64),
+            lambda: run.has("k" * 64),
+        ):
+            with pytest.raises(StorageError, match=f"cannot read .*{os.strerror(number)}"):
+                read()
+    assert torch.equal(folder.read_chunk(made.range).images, made.images)
+    assert run.has("k" * 64)
+
+
+def test_a_file_that_was_made_again_meanwhile_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder, made = RunFolder(tmp_path / "run"), VariantFolder(tmp_path / "row"), chunk()
+    folder.write_chunk(made)
+    run.save("k" * 64, {"scale": torch.ones(3)}, {})
+
+    def read_slowly(path: Path) -> Any:
+        folder.write_chunk(made)
+        run.save("k" * 64, {"scale": torch.ones(3)}, {})
+        raise CorruptFile(f"{path}: was damaged when it was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "read_sealed", read_slowly)
+        patch.setattr(runs, "read_tensors", read_slowly)
+        with pytest.raises(CorruptChunk):
+            folder.read_chunk(made.range)
+        assert run.load("k" * 64) is None
+    assert torch.equal(folder.read_chunk(made.range).images, made.images)
+    assert run.has("k" * 64)
+
+
+def test_asking_for_an_artifact_changes_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.save("k" * 64, {"scale": torch.ones(3)}, {})
+    (path,) = (tmp_path / "artifacts").glob("*.safetensors")
     damage_truncated(path)
+    assert not run.has("k" * 64)
+    assert path.exists()
 
-    class Late(VariantFolder):
-        def read_chunk(self, part: IndexRange) -> Chunk:
-            folder.set_aside_corrupt()
-            return super().read_chunk(part)
 
-    assert Late(tmp_path).set_aside_corrupt() == []
+def test_pieces_of_a_chunk_are_kept_until_it_is_whole(tmp_path: Path) -> None:
+    folder, whole = VariantFolder(tmp_path), chunk(8, 16)
+    pieces = [chunk(8, 11), chunk(11, 14), chunk(14, 16)]
+    for piece in pieces[:2]:
+        folder.write_part(piece)
+    assert folder.finished() == []
+    assert [piece.range for piece in folder.read_parts(whole.range)] == [
+        IndexRange(8, 11),
+        IndexRange(11, 14),
+    ]
+    assert folder.read_parts(IndexRange(0, 8)) == []
+    joined = Chunk.joined([pieces[2], *folder.read_parts(whole.range)])
+    assert (joined.range, joined.spent) == (whole.range, Spent(90, 36, 1.5))
+    assert torch.equal(joined.images, torch.cat([piece.images for piece in pieces]))
+    folder.write_chunk(joined)
+    assert folder.read_parts(whole.range) == []
+    assert folder.finished() == [whole.range]
+
+
+def test_a_damaged_piece_is_made_again_and_overlapping_ones_are_read_once(tmp_path: Path) -> None:
+    folder = VariantFolder(tmp_path)
+    for piece in (chunk(0, 4), chunk(4, 8), chunk(6, 10)):
+        folder.write_part(piece)
+    damage_truncated(folder.parts / "000000-000003.safetensors")
+    found = [piece.range for piece in folder.read_parts(IndexRange(0, 12))]
+    assert found == [IndexRange(4, 8)]
+    assert not (folder.parts / "000000-000003.safetensors").exists()
+
+
+def test_tidying_removes_pieces_that_are_in_chunks_and_no_others(tmp_path: Path) -> None:
+    folder = VariantFolder(tmp_path)
+    folder.write_chunk(chunk(0, 4))
+    folder.write_chunk(chunk(4, 8))
+    for piece in (chunk(0, 2), chunk(3, 6), chunk(6, 9), chunk(12, 14)):
+        folder.write_part(piece)
+    folder.tidy()
+    assert finished_ranges(folder.parts) == [IndexRange(6, 9), IndexRange(12, 14)]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(
+    tmp_path: Path,
+) -> None:
+    run, killed = RunFolder(tmp_path), subprocess.Popen(["true"])
+    killed.wait()
+    machine = processes.tag().rpartition("-")[0]
+    names = {
+        "of one that was killed": f".a.{machine}-{killed.pid}.x1.tmp",
+        "ours": f".b.{processes.tag()}.x2.tmp",
+        "another machine's": ".c.0123abcd-1.x3.tmp",
+        "another machine's of last week": ".d.0123abcd-1.x4.tmp",
+    }
+    (tmp_path / "deep").mkdir()
+    files = {what: tmp_path / "deep" / name for what, name in names.items()}
+    for path in files.values():
+        path.touch()
+    os.utime(files["another machine's of last week"], (0, time.time() - 7 * 86400))
+    run.tidy()
+    left = {what for what, path in files.items() if path.exists()}
+    assert left == {"ours", "another machine's"}
 
 
 def test_file_names_state_ranges_of_any_size() -> None:
