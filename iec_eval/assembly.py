@@ -31,8 +31,8 @@ from iec_eval.models.base import DiffusionModel
 from iec_eval.options import BaseOptions, validated
 from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
+from iec_eval.runs import RunFolder
 from iec_eval.samplers.base import Sampler
-from iec_eval.storage import RunFolder
 from iec_eval.study import Experiment, Part, Study, digest, full_precision
 
 
@@ -235,11 +235,9 @@ def artifact_keys(plan: Plan) -> list[tuple[EfficiencyMethod, str]]:
 
 
 def missing_artifacts(plan: Plan, store: RunFolder) -> list[str]:
-    """Names of the parts that are not calibrated yet."""
+    """Keys of the artifacts that are not calibrated yet, in order."""
     return [
-        part.name
-        for part, key in artifact_keys(plan)
-        if part.needs_calibration and not store.has(key)
+        key for part, key in artifact_keys(plan) if part.needs_calibration and not store.has(key)
     ]
 
 

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 
 from iec_eval.cost import EvaluationCost
-from iec_eval.errors import CorruptFile, IecEvalError, MissingArtifact
-from iec_eval.generation import Job
+from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
+from iec_eval.jobs import Job, network_id, stored_features
 from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.progress import Progress
 from iec_eval.results import Cost, Measurement, Variant
-from iec_eval.storage import IndexRange, VariantFolder, read_tensors, write_tensors
-from iec_eval.study import digest
+from iec_eval.runs import NOTHING_SPENT, IndexRange, VariantFolder, covering
 
 Reader = Callable[[IndexRange, slice], Any]
 
 
 @dataclass(frozen=True)
-class Spent:
+class SpentPerImage:
     """What a variant's images cost, per image: evaluations and seconds of one process."""
 
     evaluations_full: float
@@ -32,36 +31,13 @@ class Spent:
     seconds: float
 
 
-def covering(ranges: Sequence[IndexRange], count: int) -> list[tuple[IndexRange, slice]]:
-    """Which rows of which files make up images 0..count-1, each exactly once.
-
-    Raises MissingArtifact if an image is in no file.
-    """
-    chosen, position = [], 0
-    for part in sorted(ranges):
-        if part.stop <= position:
-            continue
-        if part.start > position or position >= count:
-            break
-        stop = min(part.stop, count)
-        chosen.append((part, slice(position - part.start, stop - part.start)))
-        position = stop
-    if position < count:
-        raise MissingArtifact(
-            f"image {position} of {count} is missing; run iec-eval launch or generate again"
-        )
-    return chosen
-
-
-def spent(job: Job) -> Spent:
+def spent(job: Job) -> SpentPerImage:
     """Average cost of the variant's images, from what their chunks recorded."""
-    count = job.plan.experiment.images.count
-    chunks = [job.folder.read_chunk(part) for part, _ in covering(job.folder.finished(), count)]
-    images = sum(len(chunk.range) for chunk in chunks)
-    return Spent(
-        sum(chunk.evaluations_full for chunk in chunks) / images,
-        sum(chunk.evaluations_cached for chunk in chunks) / images,
-        sum(chunk.seconds for chunk in chunks) / images,
+    parts = [part for part, _ in covering(job.finished(), job.count)]
+    whole = sum((job.folder.spent(part) for part in parts), NOTHING_SPENT)
+    images = sum(len(part) for part in parts)
+    return SpentPerImage(
+        whole.evaluations_full / images, whole.evaluations_cached / images, whole.seconds / images
     )
 
 
@@ -73,20 +49,19 @@ def evaluate(
     Paired metrics compare with the images of ``base``; they are left out where there is none, and
     for ``base`` itself. Raises MissingArtifact if an image is missing.
     """
-    count = job.plan.experiment.images.count
-    parts = covering(job.folder.finished(), count)
+    count, parts = job.count, covering(job.finished(), job.count)
     compared = base is not None and base is not job
     chosen = [metric for metric in metrics if compared or not isinstance(metric, PairedMetric)]
+    listed = [index for part, rows in parts for index in part.indices[rows]]
+    if listed != list(range(count)):
+        raise RuntimeError("not every image would be scored exactly once")
     for read, group in _readers(job, chosen, base):
-        seen = torch.zeros(count, dtype=torch.long)
         for part, rows in parts:
             indices = torch.tensor(part.indices[rows])
             batch = read(part, rows)
-            seen[indices] += 1
             for metric in group:
                 metric.update(batch, indices)
             progress.advance(len(indices))
-        assert bool((seen == 1).all()), "every image must be scored exactly once"
     return {name: value for metric in chosen for name, value in _computed(metric).items()}
 
 
@@ -103,13 +78,16 @@ def score(
     images, the row is scored by the other metrics and says why it lacks these.
     """
     row = _empty_row(job)
-    failure = _failure(job)
+    failure = job.folder.failure()
     if failure:
         return row.model_copy(update={"status": "failed", "error": failure})
     lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
         values = evaluate(job, metrics, progress, None if lacking else base)
-    except MissingArtifact as error:
+        expense = _cost(spent(job), cost)
+    except (MissingArtifact, CorruptChunk) as error:
+        for metric in metrics:
+            metric.reset()
         return row.model_copy(update={"status": "partial", "error": str(error)})
     except IecEvalError:  # disk and feature network: what all rows share
         raise
@@ -119,7 +97,7 @@ def score(
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return row.model_copy(update={"status": "failed", "error": reason})
     measured = {name: Measurement(value=value) for name, value in values.items()}
-    found = {"metrics": measured, "cost": _cost(spent(job), cost), "error": lacking}
+    found = {"metrics": measured, "cost": expense, "error": lacking}
     return row.model_copy(update=found)
 
 
@@ -127,6 +105,11 @@ def groups(metrics: Sequence[Metric]) -> int:
     """How many times evaluation goes over the images of a row, at most."""
     paired = [metric for metric in metrics if isinstance(metric, PairedMetric)]
     return len(by_network([m for m in metrics if m not in paired])) + bool(paired)
+
+
+def networks(metrics: Sequence[Metric]) -> list[FeatureNetwork]:
+    """The feature networks that metrics read, each once."""
+    return [network for network, _ in by_network(metrics) if network is not None]
 
 
 def by_network(metrics: Sequence[Metric]) -> list[tuple[FeatureNetwork | None, list[Metric]]]:
@@ -137,25 +120,6 @@ def by_network(metrics: Sequence[Metric]) -> list[tuple[FeatureNetwork | None, l
         key = network_id(network) if network is not None else ""
         groups.setdefault(key, (network, []))[1].append(metric)
     return list(groups.values())
-
-
-def stored_features(folder: VariantFolder, part: IndexRange, network: FeatureNetwork) -> Features:
-    """Features of a chunk's images: read if they are on disk, else computed and kept."""
-    path = folder.features(network_id(network)) / f"{part.stem}.safetensors"
-    if path.is_file():
-        try:
-            tensors, _ = read_tensors(path)
-            return Features(tensors["features"], tensors["logits"])
-        except (CorruptFile, KeyError):
-            path.unlink()
-    features = network.extract(folder.read_chunk(part).images)
-    write_tensors(path, {"features": features.features, "logits": features.logits})
-    return features
-
-
-def network_id(network: FeatureNetwork) -> str:
-    """A folder name for a feature network; other weights or another protocol give another."""
-    return f"{network.tag or 'inception'}-{digest(network.identity())[:8]}"
 
 
 def protocol(metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -188,22 +152,16 @@ def _pairs(folder: VariantFolder, base: VariantFolder, part: IndexRange, rows: s
     return Pairs(folder.read_chunk(part).images[rows], torch.cat(reference))
 
 
-def _failure(job: Job) -> str | None:
-    """Why a variant failed, None if it did not."""
-    path = job.folder.error_file
-    return path.read_text().splitlines()[0] if path.is_file() else None
-
-
 def _lacking(base: Job, metrics: Sequence[Metric]) -> str | None:
     """Why paired metrics cannot compare with ``base``, None if they can or there are none."""
     paired = ", ".join(metric.name for metric in metrics if isinstance(metric, PairedMetric))
     if not paired:
         return None
-    name, failure = base.plan.experiment.name, _failure(base)
+    name, failure = base.plan.experiment.name, base.folder.failure()
     if failure:
         return f"{paired}: the row compared with, {name!r}, failed ({failure})"
     try:
-        covering(base.folder.finished(), base.plan.experiment.images.count)
+        covering(base.folder.finished(), base.count)
     except MissingArtifact as error:
         return f"{paired}: the row compared with, {name!r}, is incomplete ({error})"
     return None
@@ -241,7 +199,7 @@ def _empty_row(job: Job) -> Variant:
     )
 
 
-def _cost(spent: Spent, cost: EvaluationCost) -> Cost:
+def _cost(spent: SpentPerImage, cost: EvaluationCost) -> Cost:
     return Cost(
         evaluations_full=spent.evaluations_full,
         evaluations_cached=spent.evaluations_cached,

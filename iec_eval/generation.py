@@ -1,4 +1,4 @@
-"""Distributed generation: make the chunks of images that are missing.
+"""Distributed generation: make the files that are missing, images and what networks see in them.
 
 The unit of work is a chunk, a fixed range of image indices. Which process makes it, in which
 order and in how many attempts leaves no trace in the images.
@@ -6,68 +6,44 @@ order and in how many attempts leaves no trace in the images.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.distributed
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from iec_eval.assembly import Assembly, Plan, assemble
+from iec_eval import processes, ranks
+from iec_eval.assembly import Assembly, assemble
 from iec_eval.calibration import ArtifactStore
+from iec_eval.claims import Claims
 from iec_eval.denoising import Denoiser, denoise
-from iec_eval.errors import CorruptFile, IecEvalError, StorageError
+from iec_eval.errors import (
+    CorruptChunk,
+    CorruptFile,
+    IecEvalError,
+    MissingArtifact,
+    StorageError,
+)
+from iec_eval.jobs import Job, stored_features
 from iec_eval.noise import Noise
 from iec_eval.progress import Progress
-from iec_eval.storage import Chunk, IndexRange, VariantFolder, missing_ranges, write_text
+from iec_eval.runs import Chunk, IndexRange, Spent, VariantFolder
+from iec_eval.stopping import StopRequest, Terminated
 from iec_eval.study import ExecutionSpec
+from iec_eval.work import Queue, Share, Task
 
-
-class Terminated(BaseException):
-    """The process was asked to end (SIGTERM); finished chunks are on disk."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One chunk to make: which plan, which images."""
-
-    plan: int
-    range: IndexRange
-
-
-NO_WORK = Work(-1, IndexRange(0, 0))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A plan and the folder its images go to."""
-
-    plan: Plan
-    folder: VariantFolder
-
-    def missing(self, chunk_size: int) -> list[IndexRange]:
-        """Ranges that are not on disk yet."""
-        return missing_ranges(self.folder.finished(), self.plan.experiment.images.count, chunk_size)
+STOPPING_SECONDS = 600.0  # what the other processes get to finish their micro-batches
 
 
 class GenerationModule(LightningModule):
-    """Makes chunks; one network at a time is in memory.
+    """Makes what it claims; one denoising network at a time is in memory.
 
-    A variant that fails is recorded in its folder and skipped; the others go on. A process that
-    has to stop skips the rest of its work and meets the others at the end, where all of them
-    learn of it: ``ended`` is then the reason.
+    A variant that fails is recorded in its folder and skipped; the others go on. ``ended`` is why
+    a process gave up before all was done.
     """
 
     def __init__(
@@ -76,87 +52,101 @@ class GenerationModule(LightningModule):
         execution: ExecutionSpec,
         store: ArtifactStore | None,
         progress: Progress,
-        shard: tuple[int, int] = (0, 1),
+        claims: Claims,
+        share: Share,
     ) -> None:
         super().__init__()
-        self._jobs, self._execution, self._store = jobs, execution, store
-        self._progress, self._shard = progress, shard
+        self._execution, self._store, self._progress = execution, store, progress
+        self._claims = claims
         self._current: tuple[int, Assembly] | None = None
-        self._failed: set[int] = set()
-        self._group: Any = None
+        self._stop = StopRequest()
+        self._queue = Queue(
+            jobs,
+            execution.chunk_size,
+            share,
+            claims,
+            stopped=lambda: bool(self._stop),
+            tell=self._tell,
+        )
         self.ended: BaseException | None = None
 
-    def predict_dataloader(self) -> DataLoader[Work]:
-        """This process's share of what rank zero found missing."""
-        found = self._pending() if self.trainer.is_global_zero else []
-        work: list[Work] = self.trainer.strategy.broadcast(found)
-        mine = work[self.trainer.global_rank :: self.trainer.world_size]
-        self._progress.visible = self._progress.visible and self.trainer.is_global_zero
-        self._progress.start(sum(len(item.range) for item in mine))
-        # Lightning skips every hook, the meeting too, of a process that has no item at all
-        items = [*mine, NO_WORK]
-        return DataLoader(items, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
-
-    def transfer_batch_to_device(
-        self, batch: Work, device: torch.device, dataloader_idx: int
-    ) -> Work:
-        return batch  # nothing but indices
+    def predict_dataloader(self) -> DataLoader[int]:
+        """One item for every process: the queue, from which each takes what it can."""
+        return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
 
     def on_predict_start(self) -> None:
-        # Lightning's own handler only sets a flag that predict never looks at
-        signal.signal(signal.SIGTERM, self._request_stop)
-        if torch.distributed.is_initialized():
-            # the default group gives up after minutes, a last chunk may take longer
-            self._group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
+        # Lightning's own handlers wait for the other processes, which may be gone
+        self._stop.listen()
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, ranks.Launcher):
+            launcher.met.set()
+            self._stop.pass_on_to(launcher.kill)
+        self._progress.visible = self._progress.visible and processes.leads()
 
-    def predict_step(self, batch: Work, batch_idx: int) -> None:
-        if batch == NO_WORK or self.ended is not None or batch.plan in self._failed:
-            return
-        job = self._jobs[batch.plan]
+    def predict_step(self, batch: int, batch_idx: int) -> None:
         try:
-            self._progress.describe(job.plan.experiment.name)
-            job.folder.write_chunk(self._make(self._assembly(batch.plan), batch.range))
+            for task in self._queue:
+                self._do(task)
+            self._stop.check()
         except (StorageError, CorruptFile, Terminated) as error:
             self.ended = error  # all variants share disk, weights and processes
+
+    def _do(self, task: Task) -> None:
+        self._progress.describe(task.job.plan.experiment.name)
+        try:
+            if task.network is None:
+                self._make(task)
+            else:
+                self._look(task)
+        except CorruptChunk as error:
+            processes.say(str(error))  # it is missing now, and will be found missing
+        except (StorageError, CorruptFile):
+            raise
         except Exception as error:  # one variant's failure must not stop the others
-            self._failed.add(batch.plan)
-            record_failure(job.folder, error)
+            record_failure(task.job.folder, error, self._claims.owner.launch)
+            self._queue.give_up(task.job)
 
-    def on_predict_end(self) -> None:
-        self._progress.close()
-        if self._group is not None:
-            endings: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(endings, self.ended, self._group)
-            self.ended = next((ending for ending in endings if ending is not None), None)
+    def _make(self, task: Task) -> None:
+        """Make a chunk, going on from what an earlier process has left of it."""
+        assembly, folder = self._assembly(task), task.job.folder
+        pieces = folder.read_parts(task.range)
+        missing = _batches(task.range, [p.range for p in pieces], self._execution)
+        for indices in missing:
+            pieces.append(self._piece(assembly, indices))
+            if indices != missing[-1]:
+                folder.write_part(pieces[-1])
+                self._stop.check()
+        folder.write_chunk(Chunk.joined(pieces))
 
-    def _pending(self) -> list[Work]:
-        """What is missing, of this shard. Shards own fixed chunks: each looks at another time."""
-        size, (index, shards) = self._execution.chunk_size, self._shard
-        return [
-            Work(number, part)
-            for number, job in enumerate(self._jobs)
-            if not job.folder.error_file.is_file()  # its calibration has failed
-            for part in job.missing(size)
-            if part.start // size % shards == index
-        ]
+    def _look(self, task: Task) -> None:
+        """Extract features, and delete the images if nobody wants them any more."""
+        job, network = task.job, task.network
+        assert network is not None
+        network.load(self.device)
+        try:
+            stored_features(job.folder, task.range, network)
+        except MissingArtifact:  # deleted meanwhile by a run that wants other features
+            return
+        self._progress.advance(len(task.range))
+        if job.may_drop(task.range):
+            job.folder.drop_images(task.range)
 
-    def _assembly(self, number: int) -> Assembly:
-        if self._current is None or self._current[0] != number:
+    def _assembly(self, task: Task) -> Assembly:
+        if self._current is None or self._current[0] != task.number:
             self._current = None  # free the old network before the new one is read
-            assembly = assemble(self._jobs[number].plan, self._store)
+            assembly = assemble(task.job.plan, self._store)
             assembly.network.to(self.device)
             assembly.plan.model.to(self.device)
-            self._current = (number, assembly)
+            self._current = (task.number, assembly)
         return self._current[1]
 
-    def _make(self, assembly: Assembly, part: IndexRange) -> Chunk:
+    def _piece(self, assembly: Assembly, part: IndexRange) -> Chunk:
         assembly.clock.reset()
         began = time.perf_counter()
-        size = self._execution.batch_size
-        batches = [part.indices[i : i + size] for i in range(0, len(part), size)]
-        images = torch.cat([self._batch(assembly, indices) for indices in batches])
+        images = self._batch(assembly, part.indices)
         count = assembly.clock.evaluations
-        return Chunk(part, images, count.full, count.cached, time.perf_counter() - began)
+        spent = Spent(count.full, count.cached, time.perf_counter() - began)
+        return Chunk(part, images, spent)
 
     def _batch(self, assembly: Assembly, indices: range) -> torch.Tensor:
         model, sampler = assembly.plan.model, assembly.plan.sampler
@@ -166,8 +156,7 @@ class GenerationModule(LightningModule):
         total = len(sampler.timesteps)
 
         def between_steps(done: int) -> None:
-            if self.ended is not None:
-                raise self.ended
+            self._stop.check(urgent=True)
             self._progress.advance(len(indices) / total)
 
         callbacks = assembly.plan.callbacks
@@ -178,52 +167,63 @@ class GenerationModule(LightningModule):
             )
         return model.decode(latents).cpu()
 
-    def _request_stop(self, signum: int, frame: Any) -> None:
-        self.ended = Terminated()
-        launcher = self.trainer.strategy.launcher
-        if launcher is not None:  # the processes it started, which nobody else tells
-            launcher.kill(signum)
+    def _tell(self, pending: int) -> None:
+        """Show how much of the run is still to be done, by whomever."""
+        self._progress.left(pending)
+
+
+def _batches(
+    whole: IndexRange, there: Sequence[IndexRange], execution: ExecutionSpec
+) -> list[IndexRange]:
+    """What is missing of a chunk, in micro-batches.
+
+    They are cut where they would be had the chunk never been begun before, so that images stay
+    with the company they had.
+    """
+    size, edge = execution.batch_size, whole.start // execution.chunk_size * execution.chunk_size
+    missing, position = [], whole.start
+    for part in [*there, IndexRange(whole.stop, whole.stop)]:
+        while position < part.start:
+            cut = edge + ((position - edge) // size + 1) * size
+            missing.append(IndexRange(position, min(cut, part.start)))
+            position = missing[-1].stop
+        position = part.stop
+    return missing
 
 
 def generate(
     jobs: Sequence[Job],
     execution: ExecutionSpec,
     store: ArtifactStore | None,
+    claims: Claims,
     *,
     progress: Progress,
-    shard: tuple[int, int] = (0, 1),
-) -> bool:
-    """Make every missing chunk, on as many processes as ``execution`` says.
+    share: Share,
+    alone: bool = False,
+) -> None:
+    """Make every missing file that ``share`` allows, on as many processes as ``execution`` says.
 
-    Returns whether this process is rank zero, which raises Terminated if any was asked to stop,
-    StorageError if a chunk cannot be written and CorruptFile for damaged weights. Every process
-    raises KeyboardInterrupt.
+    If ``alone``, on this process only, whoever else there may be.
+
+    Raises Terminated if this process was asked to stop, StorageError if a file cannot be written,
+    CorruptFile for damaged weights and KeyboardInterrupt.
     """
     set_threads(execution)
     callbacks = [callback for job in jobs for callback in job.plan.callbacks]
-    module = GenerationModule(jobs, execution, store, progress, shard)
-    with _quiet_lightning():
-        trainer = Trainer(
-            accelerator=execution.accelerator,
-            devices=execution.devices,
-            num_nodes=execution.num_nodes,
-            strategy=execution.strategy,
-            callbacks=list(callbacks),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+    module = GenerationModule(jobs, execution, store, progress, claims, share)
+    with ranks.quiet_lightning(), ranks.named(claims.owner.launch), claims:
+        trainer = ranks.trainer(execution, callbacks, alone=alone)
         _predict(trainer, module)
-    if module.ended is not None and trainer.is_global_zero:
+        _dismiss(trainer, module)
+    if module.ended is not None:
         raise module.ended
-    return bool(trainer.is_global_zero)
 
 
 def set_threads(execution: ExecutionSpec) -> None:
     """CPU threads of this process: as asked, or torch's choice within its share of the cores."""
     share = max(1, len(os.sched_getaffinity(0)) // _processes(execution))
+    if processes.started_by_slurm():  # which counts for each task, and may have bound it to them
+        share = int(os.environ.get("SLURM_CPUS_PER_TASK", share))
     torch.set_num_threads(execution.threads or min(torch.get_num_threads(), share))
 
 
@@ -234,30 +234,15 @@ def use_all_threads(execution: ExecutionSpec) -> None:
 
 
 def _processes(execution: ExecutionSpec) -> int:
-    return execution.devices if isinstance(execution.devices, int) else 1
+    here, _ = ranks.asked_for(execution)
+    return here if isinstance(here, int) else 1
 
 
-def is_rank_zero() -> bool:
-    """Whether this process is the first of those that work together, as Lightning sees it."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
-
-
-def calibration_device(execution: ExecutionSpec) -> torch.device:
-    """The one device that calibration runs on: the first that generation would use."""
-    return Fabric(accelerator=execution.accelerator, devices=1, num_nodes=1).device
-
-
-def launched_in_parallel() -> bool:
-    """Whether something else (srun, torchrun) started this process as one of several."""
-    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
-    return max(int(tasks), int(os.environ.get("WORLD_SIZE", "1"))) > 1
-
-
-def record_failure(folder: VariantFolder, error: Exception) -> None:
+def record_failure(folder: VariantFolder, error: Exception, launch: str) -> None:
     """Leave the reason in the variant's folder: one line, then where it happened."""
     reason = str(error) if isinstance(error, IecEvalError) else f"{type(error).__name__}: {error}"
     first_line = (reason.splitlines() or [type(error).__name__])[0]
-    write_text(folder.error_file, f"{first_line}\n\n{traceback.format_exc()}")
+    folder.write_failure(first_line, traceback.format_exc(), launch)
 
 
 def _predict(trainer: Trainer, module: GenerationModule) -> None:
@@ -267,21 +252,12 @@ def _predict(trainer: Trainer, module: GenerationModule) -> None:
         raise KeyboardInterrupt from error
 
 
-def _as_it_is(item: Work) -> Work:
-    return item
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's hints on workers and hardware, which are not about our users."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _dismiss(trainer: Trainer, module: GenerationModule) -> None:
+    """Wait for the processes that this one has started."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, ranks.Launcher):
+        if module.ended is None:
+            launcher.join()
+        else:
+            launcher.kill(signal.SIGTERM)
+            launcher.join(STOPPING_SECONDS)

@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from iec_eval import status
 from iec_eval.assembly import artifact_keys
 from iec_eval.cost import EvaluationCost, evaluation_costs, expected_evaluations
-from iec_eval.generation import Job
+from iec_eval.errors import ConfigError, CorruptFile
+from iec_eval.jobs import Job
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
-from iec_eval.storage import RunFolder
+from iec_eval.runs import RunFolder
+from iec_eval.slurm import Missing
 from iec_eval.study import Study
 
 
@@ -24,6 +27,79 @@ def study_rows(
     """What each row would do, need and still lacks, and its hours at ``tflops`` 10^12 FLOP/s."""
     costs = evaluation_costs([job.plan for job in jobs])
     return [_row(job, cost, study, run, tflops) for job, cost in zip(jobs, costs, strict=True)]
+
+
+def rows_listing(jobs: Sequence[Job], study: Study, run: RunFolder) -> dict[str, Any]:
+    """What ``iec-eval status`` has to know of the rows of a study, for the run's ``rows.json``.
+
+    ``macs_per_image`` is null where it is not known. What the run has on record of the same rows is
+    not counted again.
+    """
+    rows = [_listed(job) for job in jobs]
+    known = _known_macs(run)
+    if not all(row["folder"] in known for row in rows):
+        known = _macs(jobs)
+    return {
+        "schema": status.SCHEMA,
+        "study": study.study,
+        "images": study.images.count,
+        "chunk_size": study.execution.chunk_size,
+        "claim_timeout": study.execution.claim_timeout,
+        "rows": [{**row, "macs_per_image": known.get(row["folder"])} for row in rows],
+    }
+
+
+def _listed(job: Job) -> dict[str, Any]:
+    keys = [
+        {"part": part.name, "key": key}
+        for part, key in artifact_keys(job.plan)
+        if part.needs_calibration
+    ]
+    name = job.plan.experiment.name
+    return {"name": name, "folder": job.folder.path.name, "artifacts": keys}
+
+
+def _known_macs(run: RunFolder) -> dict[str, float | None]:
+    """By the row's folder, whose name tells the row's fingerprint."""
+    try:
+        rows = status.read_rows(run.path)["rows"]
+        return {row["folder"]: row["macs_per_image"] for row in rows}
+    except (ConfigError, CorruptFile):
+        return {}
+
+
+def _macs(jobs: Sequence[Job]) -> dict[str, float | None]:
+    """Multiply-accumulates of an image by the row's folder; a row is left out if nobody knows.
+
+    Callbacks of others may take their time, or note what they are shown: they are not run here.
+    """
+    own = [job for job in jobs if all(map(_is_own, job.plan.callbacks))]
+    try:
+        costs = evaluation_costs([job.plan for job in own])
+        expected = [expected_evaluations(job.plan) for job in own]
+    except Exception:  # a part that cannot be counted can still be run
+        return {}
+    return {
+        job.folder.path.name: cost.macs(counts.full, counts.cached)
+        for job, cost, counts in zip(own, costs, expected, strict=True)
+    }
+
+
+def _is_own(part: object) -> bool:
+    return type(part).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def missing(jobs: Sequence[Job], study: Study, run: RunFolder) -> Missing:
+    """What is to be calibrated and generated."""
+    size = study.execution.chunk_size
+    unfinished = [job for job in jobs if job.missing(size)]
+    keys = {
+        key
+        for job in unfinished
+        for part, key in artifact_keys(job.plan)
+        if part.needs_calibration and not run.has(key)
+    }
+    return Missing(len(keys), sum(len(job.missing(size)) for job in unfinished))
 
 
 def study_as_text(

@@ -37,6 +37,15 @@ def validated(cls: type[Model], values: Mapping[str, Any], where: str) -> Model:
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
+def first_problem(error: Exception) -> str:
+    """What is wrong with a value, in one line: of pydantic's complaints the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors()[0]
+    place = ".".join(str(step) for step in problem["loc"])
+    return f"{place}: {problem['msg']}" if place else problem["msg"]
+
+
 def _telling(cls: type[BaseModel], problems: Sequence[Any]) -> list[Any]:
     """Of an option with alternatives, only the complaints of the one that fits furthest."""
     deepest: dict[Location, int] = {}

@@ -46,6 +46,13 @@ class Progress:
         elif time.monotonic() - self._told > self._every:
             self._line()
 
+    def left(self, amount: float) -> None:
+        """``amount`` units are left, whoever did the others; the first call begins counting."""
+        if not self._total:
+            self.start(round(amount))
+        self._total = max(self._total, round(amount))
+        self.advance(self._total - amount - self._done)
+
     def close(self) -> None:
         """Finish the bar."""
         if self._bar is not None:

@@ -12,7 +12,7 @@ from iec_eval.metrics.features import FeatureNetwork, feature_network
 from iec_eval.metrics.published import import_statistics
 from iec_eval.metrics.statistics import ReferenceStatistics, reference_from_images
 from iec_eval.progress import Progress
-from iec_eval.storage import RunFolder
+from iec_eval.runs import RunFolder
 
 
 def make(

@@ -47,6 +47,10 @@ class ExecutionSpec(BaseOptions):
     accelerator: str = Field("auto", description="as Lightning names it: auto, cpu, gpu ...")
     strategy: str = Field("auto", description="as Lightning names it")
     threads: int | None = Field(None, ge=1, description="CPU threads a process; null: all cores")
+    keep_images: bool = Field(True, description="false: delete images once features are there")
+    claim_timeout: float = Field(
+        120.0, gt=0, description="seconds of silence after which others take a process's work over"
+    )
 
     @field_validator("devices")
     @classmethod

@@ -23,13 +23,16 @@ import torch
 from torch import Tensor
 
 from iec_eval.assembly import plan_study
-from iec_eval.generation import Job, generate
+from iec_eval.claims import Claims
+from iec_eval.generation import generate
+from iec_eval.jobs import Job
 from iec_eval.noise import Noise
 from iec_eval.plugins import load_registry
 from iec_eval.progress import Progress
+from iec_eval.runs import VariantFolder
 from iec_eval.samplers.ddim import ddim_coefficients
-from iec_eval.storage import VariantFolder
 from iec_eval.study import Study
+from iec_eval.work import Share
 
 GOAL = 1.05
 
@@ -85,7 +88,9 @@ def program_loop(study: Study) -> Callable[[], Tensor]:
         with tempfile.TemporaryDirectory() as place:
             folder = VariantFolder(Path(place))
             jobs = [Job(plan, folder) for plan in plans]
-            generate(jobs, study.execution, None, progress=Progress("images", visible=False))
+            claims = Claims(Path(place) / "claims")
+            progress = Progress("images", visible=False)
+            generate(jobs, study.execution, None, claims, progress=progress, share=Share())
             return torch.cat([folder.read_chunk(part).images for part in folder.finished()])
 
     return run

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from cluster import Cluster, require_slurm, virtual_cluster
 from helpers import unet
 
 from iec_eval.cli.main import cli as program
@@ -193,6 +194,28 @@ def write_study(toy: Toy) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def make_place(
+    tmp_path_factory: pytest.TempPathFactory, write_study: Callable[..., Path]
+) -> Callable[..., Any]:
+    """``make_place(**changes)``: a ``Place`` for a study whose rows all have the witness."""
+    from places import COUNT, EXECUTION, ROWS, STEPS, Place
+
+    def make(**changes: Any) -> Place:
+        folder = tmp_path_factory.mktemp("place")
+        settings = {
+            "sampler": {"name": "ddim", "steps": STEPS, "eta": 0.5},
+            "images": {"seed": 7, "count": COUNT},
+            "variants": ROWS,
+            "execution": EXECUTION,
+        }
+        study = write_study(folder, **{**settings, **changes})
+        (folder / "notes").mkdir()
+        return Place(study, folder / "out", folder / "notes")
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """``cli(*arguments)`` runs the program in this process; what it does not catch is raised."""
 
@@ -203,6 +226,14 @@ def cli() -> Callable[..., Result]:
         return result
 
     return call
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A virtual SLURM cluster of two nodes; skips or fails where SLURM is not installed."""
+    require_slurm()
+    with virtual_cluster() as running:
+        yield running
 
 
 def command(*arguments: Any) -> list[str]:

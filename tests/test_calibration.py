@@ -24,7 +24,8 @@ from iec_eval.efficiency.reconstruction import Reconstruction
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.models.unet import UNet
 from iec_eval.results import read_results
-from iec_eval.storage import VariantFolder, read_tensors
+from iec_eval.runs import VariantFolder
+from iec_eval.storage import read_tensors
 
 Cli = Callable[..., Result]
 Part = dict[str, Any]

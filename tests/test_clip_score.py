@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 
-from iec_eval import workflow
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.metrics import clip
 from iec_eval.metrics.clip import ClipNetwork, short_name
 from iec_eval.metrics.clip_score import ClipScore
 from iec_eval.metrics.features import Features
+from iec_eval.session import prepare
 from iec_eval.storage import sha256
 from iec_eval.testing import TinyModel
 
@@ -453,7 +453,7 @@ def test_a_study_has_a_column_of_clip_scores(
     name = f"clip-score-tiny-clip-v1-{sha256(folder / 'model.safetensors')[:8]}"
     assert f"{name} ↑" in launched.stdout
     first = json.loads((tmp_path / "out" / "results.json").read_text())
-    session = workflow.prepare(str(study), [], tmp_path / "out")
+    session = prepare(str(study), [], tmp_path / "out")
     for job, row in zip(session.jobs, first["variants"], strict=True):
         chunks = [job.folder.read_chunk(part).images for part in job.folder.finished()]
         wanted = scores(metric_of(folder, ["a cat", "dog and cat", "an x"], 10), torch.cat(chunks))

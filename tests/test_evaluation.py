@@ -15,14 +15,15 @@ from click.testing import Result
 from conftest import VARIANTS, Toy
 from torch import Tensor
 
-from iec_eval import workflow
-from iec_eval.evaluation import by_network, evaluate, network_id, protocol
+from iec_eval.evaluation import by_network, evaluate, protocol
+from iec_eval.jobs import network_id
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import ClassifierFeatures, Features, ImageClassifier
 from iec_eval.metrics.fid import FID
 from iec_eval.metrics.inception_score import InceptionScore, InceptionScoreOptions
 from iec_eval.options import BaseOptions
 from iec_eval.progress import Progress
+from iec_eval.session import prepare
 from iec_eval.training.classifier import save_features
 
 COUNT = 10
@@ -209,7 +210,7 @@ class Witness(Metric):
 
 @pytest.mark.parametrize("count", [2, 5, 8, COUNT])
 def test_every_index_is_scored_once_in_order_with_its_own_image(launched: Run, count: int) -> None:
-    session = workflow.prepare(str(launched.study), [f"images.count={count}"], launched.out)
+    session = prepare(str(launched.study), [f"images.count={count}"], launched.out)
     job, metric = session.jobs[2], Witness()
     assert evaluate(job, [metric], Progress("", visible=False)) == {"witnessed": count}
     images, indices = (torch.cat(shown) for shown in zip(*metric.shown, strict=True))
@@ -274,7 +275,7 @@ def test_damaged_features_are_computed_again(
 
 
 def test_other_weights_have_other_features(launched: Run, toy: Toy, tmp_path: Path) -> None:
-    (metric, other) = workflow.prepare(str(launched.study), [], launched.out).metrics
+    (metric, other) = prepare(str(launched.study), [], launched.out).metrics
     assert [len(group) for _, group in by_network([metric, other])] == [2]
     assert metric.network is not None
     (folder,) = launched.out.glob("cached-iec-*/features/*")

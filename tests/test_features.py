@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible, UnknownName
 from iec_eval.images import FolderImages, ImagePreparation, load_all
@@ -304,3 +305,22 @@ def test_inception_sees_grey_as_three_equal_channels(inception_weights: Path) ->
     coloured = network.extract(IMAGES[:1].repeat(1, 3, 1, 1))
     assert torch.equal(grey.features, coloured.features)
     assert grey.logits.shape == (1, 1008)
+
+
+@pytest.mark.slow
+def test_inception_takes_the_multiply_accumulates_it_says(inception_weights: Path) -> None:
+    network = InceptionV3(inception_weights)
+    network.load()
+    with FlopCounterMode(display=False) as counter:
+        seen = network.extract(IMAGES[:2])
+    assert counter.get_total_flops() // 2 == 2 * network.macs
+    assert seen.logits.shape == (2, network.classes)
+
+
+def test_a_classifier_takes_the_multiply_accumulates_it_says(folder: Path) -> None:
+    network = ClassifierFeatures(folder)
+    images = torch.zeros(2, network.card.channels, network.card.size, network.card.size)
+    with FlopCounterMode(display=False) as counter:
+        seen = network.extract(images.to(torch.uint8))
+    assert counter.get_total_flops() // 2 == 2 * network.macs
+    assert seen.logits.shape == (2, network.classes)

@@ -11,92 +11,21 @@ import resource
 import signal
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
-from conftest import DEEPCACHE, started
+from conftest import started
+from places import COUNT, EXECUTION, ROWS, STEPS, WITNESS, Place, assert_alike, assert_identical
 
 from iec_eval import storage
 from iec_eval.results import read_results
-from iec_eval.storage import VariantFolder
+from iec_eval.runs import VariantFolder
 
-WITNESS = {"name": "witness"}
-ROWS = [
-    {"name": "full precision", "callbacks": [WITNESS]},
-    {"name": "cached", "efficiency": [DEEPCACHE], "callbacks": [WITNESS]},
-    {"name": "cached + IEC", "efficiency": [DEEPCACHE], "callbacks": [WITNESS, {"name": "iec"}]},
-]
-EXECUTION = {"batch_size": 4, "chunk_size": 4, "threads": 1, "accelerator": "cpu"}
-COUNT, STEPS = 24, 5
-Noises = dict[tuple[int, int], set[str]]
 pytestmark = pytest.mark.usefixtures("witness")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A run folder of the study above, and where the witness writes."""
-
-    study: Path
-    out: Path
-    notes: Path
-
-    def arguments(self, *overrides: str, verb: str = "generate") -> list[str]:
-        changes = [word for override in overrides for word in ("-s", override)]
-        return [verb, str(self.study), "-o", str(self.out), *changes]
-
-    @property
-    def chunks(self) -> dict[Path, bytes]:
-        """Finished chunks and their content."""
-        return {path: path.read_bytes() for path in sorted(self.out.glob("*/chunks/*.safetensors"))}
-
-    @property
-    def leftovers(self) -> list[Path]:
-        return [path for path in self.out.glob("**/*") if path.name.endswith(".tmp")]
-
-    def images(self) -> dict[str, torch.Tensor]:
-        """Images of every variant, by its folder's name; each exactly once and in order."""
-        found = {}
-        for path in sorted(self.out.glob("*/chunks")):
-            folder = VariantFolder(path.parent)
-            parts = folder.finished()
-            listed = [index for part in parts for index in part.indices]
-            assert listed == list(range(len(listed)))
-            found[folder.path.name] = torch.cat([folder.read_chunk(p).images for p in parts])
-        return found
-
-    def noises(self) -> Noises:
-        """Digests of all noise that each (image, step) was shown: of every row and process."""
-        found = defaultdict(set)
-        for notes in self.notes.iterdir():
-            for line in notes.read_text().splitlines():
-                image, step, digest = line.split()
-                found[int(image), int(step)].add(digest)
-        return dict(found)
-
-
-@pytest.fixture(scope="module")
-def make_place(
-    tmp_path_factory: pytest.TempPathFactory, write_study: Callable[..., Path]
-) -> Callable[..., Place]:
-    def make(**changes: Any) -> Place:
-        folder = tmp_path_factory.mktemp("place")
-        settings = {
-            "sampler": {"name": "ddim", "steps": STEPS, "eta": 0.5},
-            "images": {"seed": 7, "count": COUNT},
-            "variants": ROWS,
-            "execution": EXECUTION,
-        }
-        study = write_study(folder, **{**settings, **changes})
-        (folder / "notes").mkdir()
-        return Place(study, folder / "out", folder / "notes")
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +57,6 @@ def wait_for_chunks(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "no chunk in time"
         time.sleep(0.05)
-
-
-def assert_alike(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Equal but for one pixel in a thousand, and there by one level."""
-    difference = (one.int() - other.int()).abs()
-    assert int(difference.max()) <= 1
-    assert float((difference > 0).float().mean()) <= 0.001
-
-
-def assert_identical(one: Place, other: Place) -> None:
-    here, there = one.images(), other.images()
-    assert here.keys() == there.keys()
-    for name, images in here.items():
-        assert torch.equal(images, there[name]), name
 
 
 # --- the toy is worth testing on ----------------------------------------------------------------
@@ -230,7 +145,7 @@ def test_interrupted_runs_say_how_to_go_on(interrupted: tuple[Place, list[Interr
     killed, by_ctrl_c, by_sigterm = interrupted[1]
     assert (killed.status, by_ctrl_c.status, by_sigterm.status) == (-signal.SIGKILL, 130, 143)
     for end, what in ((by_ctrl_c, "interrupted"), (by_sigterm, "asked to stop")):
-        message = f"iec-eval: {what}; every finished chunk is kept, run the same command again"
+        message = f"iec-eval: {what}; everything finished is kept, run the same command again"
         assert end.err.count(message) == 1
         assert "Traceback" not in end.err
 
@@ -285,8 +200,8 @@ def test_two_processes_stop_together(
 ) -> None:
     place, (by_ctrl_c, by_sigterm), _ = two_processes
     assert (by_ctrl_c.status, by_sigterm.status) == (130, 143)
-    assert "every finished chunk is kept" in by_ctrl_c.err
-    assert by_sigterm.err.count("every finished chunk is kept") == 1
+    assert "everything finished is kept" in by_ctrl_c.err
+    assert by_sigterm.err.count("everything finished is kept") == 1
     # the second process learnt of it: it did not make its whole half
     assert len(by_sigterm.kept) < len(place.chunks) / 2
     for end in (by_ctrl_c, by_sigterm):
@@ -306,24 +221,6 @@ def test_two_processes_make_what_one_makes(
     for name, images in place.images().items():
         assert_alike(images, undisturbed.images()[name])
     assert not place.leftovers
-
-
-@pytest.mark.slow
-def test_a_process_without_work_waits_for_the_others(
-    undisturbed: Place,
-    make_place: Callable[..., Place],
-    run: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    place = make_place(variants=ROWS[:1], images={"seed": 7, "count": 8})
-    arguments = place.arguments("execution.devices=3", verb="launch")
-    done = run(*arguments, WITNESS_NOTES=str(place.notes), timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert len(list(place.notes.iterdir())) == 2  # processes that saw an image
-    ((name, images),) = place.images().items()
-    assert_alike(images, undisturbed.images()[name][:8])
-    assert done.stdout.count("| full precision |") == 1
-    (row,) = read_results(place.out / "results.json").variants
-    assert row.status == "done"
 
 
 # --- nowhere to write -----------------------------------------------------------------------------
@@ -346,12 +243,14 @@ def test_two_processes_report_one_full_disk(
     overrides = "images.count=128", "execution.chunk_size=64", "execution.devices=2"
     failed = run(*place.arguments(*overrides), preexec_fn=limit_file_size, timeout=900)
     assert failed.returncode == 2, failed.stderr
-    assert failed.stderr.count("cannot write") == 1
-    assert "000064-000127.safetensors" in failed.stderr
+    said = [line for line in failed.stderr.splitlines() if "cannot write" in line]
+    assert len(said) <= 2  # either process may have tried it
+    assert len(said) == len(set(said))
+    assert all("000064-000127.safetensors" in line for line in said)
     assert "Traceback" not in failed.stderr
     assert before.items() <= place.chunks.items()
     assert len(place.chunks) == len(before) + 1
-    assert not place.leftovers
+    assert set(place.leftovers) == set(place.parts)
     generate(place, *overrides[:2])
     assert len(place.images().popitem()[1]) == 128
 
@@ -448,7 +347,8 @@ def test_a_corrupt_chunk_is_reported_set_aside_and_made_again(
     path.write_bytes(path.read_bytes()[:-1])
     scored = cli(*place.arguments(verb="evaluate"))
     assert scored.exit_code == 1
-    assert scored.stderr.count(f"iec-eval: {path.with_suffix('.corrupt')}: unreadable") == 1
+    assert scored.stderr.count(f"iec-eval: {path}: cannot be read") == 1
+    assert f"set aside as {path.with_suffix('.corrupt').name}, to be made again" in scored.stderr
     assert [row.status for row in read_results(place.out / "results.json").variants] == [
         "done",
         "done",
@@ -469,7 +369,7 @@ def test_launch_heals_a_corrupt_chunk_by_itself(
     next(iter(place.chunks)).write_bytes(b"")
     launched = cli(*place.arguments(verb="launch"))
     assert launched.exit_code == 0
-    assert launched.stderr.count(".corrupt: unreadable, set aside to be made again") == 1
+    assert launched.stderr.count(".corrupt, to be made again") == 1
     assert_identical(place, undisturbed)
 
 
@@ -526,6 +426,8 @@ def test_a_variant_that_fails_leaves_the_others_done(
     again = cli(*failing.arguments())
     assert again.exit_code == 1
     assert cli(*failing.arguments(verb="evaluate")).exit_code == 1
+    _, sick, _ = read_results(failing.out / "results.json").variants
+    assert (sick.status, sick.error) == ("failed", "RuntimeError: the witness was told to fail")
 
     monkeypatch.delenv("WITNESS_FAILS")
     healed = cli(*failing.arguments(verb="launch"))

@@ -18,7 +18,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from iec_eval import workflow
 from iec_eval.assembly import plan_metrics
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.evaluation import evaluate
@@ -29,6 +28,7 @@ from iec_eval.metrics.paired import PSNR, SSIM, MeanOverPairs, best_psnr
 from iec_eval.options import BaseOptions
 from iec_eval.plugins import load_registry
 from iec_eval.progress import Progress
+from iec_eval.session import prepare
 from iec_eval.storage import sha256
 from iec_eval.study import full_precision, load
 from iec_eval.testing import TinyModel
@@ -249,7 +249,7 @@ def rows_of(folder: Path) -> dict[str, Any]:
 
 
 def images_of(folder: Path) -> dict[str, Tensor]:
-    session = workflow.prepare(str(folder / "study.yaml"), [], folder / "out")
+    session = prepare(str(folder / "study.yaml"), [], folder / "out")
     return {
         job.plan.experiment.name: torch.cat(
             [job.folder.read_chunk(part).images for part in job.folder.finished()]
@@ -288,7 +288,7 @@ def test_pairs_are_found_however_the_files_are_cut(
     only = "variants=[{name: full precision}]"
     assert run("generate", first, "execution.chunk_size=5", only).exit_code == 0
     assert run("launch", "execution.chunk_size=3").exit_code == 0
-    session = workflow.prepare(str(tmp_path / "study.yaml"), [], tmp_path / "out")
+    session = prepare(str(tmp_path / "study.yaml"), [], tmp_path / "out")
     cuts = [[len(part) for part in job.folder.finished()] for job in session.jobs]
     assert cuts[0] != cuts[1]
     images, witness = images_of(tmp_path), Witness(BaseOptions())
@@ -320,7 +320,7 @@ def test_added_control_is_the_row_compared_with(
 ) -> None:
     changes = {"controls": ["full-precision"], "variants": [{"name": "plain"}, *VARIANTS[1:]]}
     make_run(**changes)
-    session = workflow.prepare(str(tmp_path / "study.yaml"), [], tmp_path / "out")
+    session = prepare(str(tmp_path / "study.yaml"), [], tmp_path / "out")
     assert session.metrics[-1].protocol()["reference"] == "full precision"
     assert full_precision(session.study.experiments()[1:]).name == "plain"  # type: ignore[union-attr]
     assert full_precision([]) is None

@@ -11,12 +11,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from iec_eval.embedded import FASHION_MNIST
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible, UnknownName
@@ -50,10 +52,14 @@ class FeatureNetwork(ABC):
     Attributes:
         tag: added to the names of the results, as in ``fid-<tag>``; only InceptionV3 has none.
         dimensions: D, the length of one feature vector.
+        classes: K, the number of logits.
+        macs: multiply-accumulates for one image; None where nobody has counted them.
     """
 
     tag: str
     dimensions: int
+    classes: int = 0
+    macs: float | None = None
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
@@ -108,6 +114,8 @@ class InceptionV3(FeatureNetwork):
 
     tag = ""
     dimensions = 2048
+    classes = 1008
+    macs = 5_713_232_480  # as torch counts them; whatever the size, images are enlarged first
     _outputs: ClassVar[list[str]] = ["2048", "logits_unbiased"]
 
     def __init__(self, weights: Path | None = None) -> None:
@@ -255,11 +263,20 @@ class ClassifierFeatures(FeatureNetwork):
 
     def __init__(self, folder: Path) -> None:
         self.card = _read_card(folder / CARD)
-        self.tag = self.card.tag
+        self.tag, self.classes = self.card.tag, self.card.classes
         self._weights = folder / WEIGHTS
         self._network: ImageClassifier | None = None
         self._hash: str | None = None
         self._device = torch.device("cpu")
+
+    @cached_property
+    def macs(self) -> float:  # type: ignore[override]  # counted when asked for
+        with torch.device("meta"):
+            network, size = _classifier(self.card), self.card.size
+            image = torch.empty(1, self.card.channels, size, size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(image)
+        return int(counter.get_total_flops()) // 2
 
     def identity(self) -> dict[str, str]:
         self._hash = self._hash or sha256(self._weights_file())
@@ -314,8 +331,12 @@ def _read_card(path: Path) -> ClassifierCard:
     return validated(ClassifierCard, values, str(path))
 
 
+def _classifier(card: ClassifierCard) -> ImageClassifier:
+    return ImageClassifier(card.channels, card.size, card.classes, card.width)
+
+
 def _classifier_from(card: ClassifierCard, state: dict[str, Tensor], path: Path) -> ImageClassifier:
-    network = ImageClassifier(card.channels, card.size, card.classes, card.width)
+    network = _classifier(card)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

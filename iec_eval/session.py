@@ -1,0 +1,121 @@
+"""A study with everything checked and built but the weights, and its run folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from iec_eval import inspection, processes, status
+from iec_eval import study as studies
+from iec_eval.assembly import Plan, plan_metrics, plan_study
+from iec_eval.errors import Incompatible
+from iec_eval.evaluation import networks
+from iec_eval.jobs import Job
+from iec_eval.metrics.base import Metric
+from iec_eval.plugins import Registry, load_registry
+from iec_eval.runs import RunFolder
+from iec_eval.storage import write_json, write_text
+from iec_eval.study import Study
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study with everything checked and built but the weights.
+
+    ``launch`` is what all processes that work on it together share.
+    """
+
+    study: Study
+    registry: Registry
+    run: RunFolder
+    jobs: list[Job]
+    metrics: list[Metric]
+    launch: str
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [job.plan for job in self.jobs]
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Which way is better, for metrics that say so, by result name."""
+        known = [metric for metric in self.metrics if metric.higher_is_better is not None]
+        return {metric.name: bool(metric.higher_is_better) for metric in known}
+
+
+def prepare(
+    source: str, overrides: Sequence[str], out: Path | None, lacking: list[str] | None = None
+) -> Session:
+    """Read a study and check all of it: names, options, files, numbers.
+
+    With a list ``lacking``, files that are not there are noted in it; the study can be shown.
+
+    Raises ConfigError and its kin for anything wrong, before anything expensive.
+    """
+    study = studies.load(source, overrides)
+    registry = load_registry()
+    _tell_broken(registry)
+    plans = plan_study(study, registry, lacking)
+    metrics = plan_metrics(study, registry, plans[0].model, lacking)
+    run = RunFolder(out if out is not None else Path("runs") / study.study)
+    keep = study.execution.keep_images
+    wanted = [] if lacking else networks(metrics)  # which must have their weights
+    if not keep:
+        _refuse_readers_of_images(metrics)
+    jobs = [
+        Job(plan, run.variant(plan.experiment.name, plan.fingerprint), wanted, keep)
+        for plan in plans
+    ]
+    return Session(study, registry, run, jobs, metrics, processes.launch_id())
+
+
+def open_run(session: Session, *, retry: bool = True) -> None:
+    """Make the run folder ready to be written to; one process of a job does it.
+
+    With ``retry`` the failures of earlier launches are forgotten.
+    """
+    session.run.open()
+    if not processes.leads():
+        return
+    resolved = session.study.model_dump(mode="json", exclude_defaults=True)
+    write_text(session.run.path / "study.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    list_rows(session)
+    session.run.tidy()
+    with session.run.claims(session.study.execution.claim_timeout, session.launch) as claims:
+        claims.tidy()
+    for job in session.jobs:
+        if retry:
+            job.folder.forget_failure(session.launch)
+        job.folder.tidy()
+        for complaint in job.folder.set_aside_corrupt():
+            print(f"iec-eval: {complaint}", file=sys.stderr)
+        job.drop_read()
+
+
+def list_rows(session: Session) -> None:
+    """For ``status``: what rows there are."""
+    rows = inspection.rows_listing(session.jobs, session.study, session.run)
+    write_json(session.run.path / status.ROWS, rows)
+
+
+def _refuse_readers_of_images(metrics: Sequence[Metric]) -> None:
+    readers = [metric.name for metric in metrics if metric.network is None]
+    if readers:
+        raise Incompatible(
+            f"execution.keep_images: false deletes images once their features are there, but "
+            f"{', '.join(readers)} reads images; keep them or leave the metric out"
+        )
+
+
+def _tell_broken(registry: Registry) -> None:
+    for found in registry.distributions:
+        if found.error is not None:
+            print(
+                f"iec-eval: plugin {found.distribution} is broken and was not loaded; see "
+                "iec-eval plugins",
+                file=sys.stderr,
+            )

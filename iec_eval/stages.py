@@ -1,0 +1,167 @@
+"""The stages of a run: calibrate, make images and features, score, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from iec_eval import processes, provenance, ranks
+from iec_eval.assembly import calibrate as calibrate_plan
+from iec_eval.assembly import missing_artifacts
+from iec_eval.cost import evaluation_costs
+from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
+from iec_eval.evaluation import groups, protocol
+from iec_eval.evaluation import score as score_row
+from iec_eval.generation import generate, record_failure, use_all_threads
+from iec_eval.jobs import SHOWN, Job
+from iec_eval.progress import Progress
+from iec_eval.report.page import write_report
+from iec_eval.results import Results, with_deltas, with_relative_costs, write_results
+from iec_eval.runs import covering
+from iec_eval.session import Session, open_run
+from iec_eval.storage import write_json
+from iec_eval.study import full_precision
+from iec_eval.work import Share, something_to_do, waiting
+
+HEALINGS = 3  # rounds of making again what was found damaged while it was scored
+
+
+def calibrate(session: Session, jobs: Sequence[Job]) -> None:
+    """Calibrate what is not yet; a variant whose calibration fails is recorded and left out."""
+    execution = session.study.execution
+    use_all_threads(execution)
+    device = ranks.first_device(execution)
+    progress = Progress("steps")
+    for job in jobs:
+        missing = missing_artifacts(job.plan, session.run)
+        if not missing:
+            continue
+        claims = session.run.claims(execution.claim_timeout, session.launch)
+        with claims, waiting(claims, f"calibration.{missing[0][:32]}"):
+            _calibrate_job(session, job, device, progress)
+
+
+def _calibrate_job(session: Session, job: Job, device: torch.device, progress: Progress) -> None:
+    if job.folder.failure(session.launch) or not missing_artifacts(job.plan, session.run):
+        return  # another process has tried or done it meanwhile
+    try:
+        calibrate_plan(job.plan, session.run, device=device, progress=progress)
+    except (StorageError, CorruptFile):
+        raise  # all variants share disk and weights
+    except Exception as error:  # one variant's failure must not stop the others
+        record_failure(job.folder, error, session.launch)
+    finally:
+        progress.close()
+
+
+def make(session: Session, share: Share, *, alone: bool = False) -> None:
+    """Make missing files, on all processes or, if ``alone``, on this one."""
+    if not alone:
+        open_run(session, retry=share.images)
+    execution = session.study.execution
+    several = (processes.count() > 1 or execution.num_nodes > 1) and not alone
+    # several processes must all go on: those that have begun wait for the others
+    if not several and not something_to_do(session.jobs, execution.chunk_size, share):
+        return
+    if share.images and share.shard == (0, 1) and not several:
+        unfinished = [job for job in session.jobs if job.missing(execution.chunk_size)]
+        calibrate(session, unfinished)
+    progress = Progress("images and features" if share.features else "images")
+    claims = session.run.claims(execution.claim_timeout, session.launch)
+    try:
+        generate(
+            session.jobs,
+            execution,
+            session.run,
+            claims,
+            progress=progress,
+            share=share,
+            alone=alone,
+        )
+    finally:
+        progress.close()
+
+
+def score(session: Session, *, heal: bool) -> Results:
+    """Score every variant, and first make again, if ``heal``, what is found damaged."""
+    results = _scored(session)
+    for _ in range(HEALINGS if heal else 0):
+        if not _found_damage(session):
+            break
+        make(session, Share(), alone=True)
+        results = _scored(session)
+    write_results(session.run.path / "results.json", results)
+    return results
+
+
+def _found_damage(session: Session) -> bool:
+    """Whether scoring found chunks damaged: they were there before, and are missing now."""
+    healthy = [job for job in session.jobs if job.folder.failure() is None]
+    return any(job.missing(session.study.execution.chunk_size) for job in healthy)
+
+
+def _check_shown(session: Session) -> None:
+    """Read the gallery's images, so that damage is known before anything is reported.
+
+    Scores come from features, which would hide it. Other images are checked when they are read.
+    """
+    for job in session.jobs:
+        for part in job.folder.finished():
+            if part.start < SHOWN:
+                try:
+                    job.folder.read_chunk(part)
+                except CorruptChunk as error:
+                    processes.say(str(error))
+
+
+def _scored(session: Session) -> Results:
+    _check_shown(session)
+    progress = Progress("features")
+    progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
+    base = _full_precision_job(session)
+    rows = []
+    for job, cost in zip(session.jobs, evaluation_costs(session.plans), strict=True):
+        name = job.plan.experiment.name
+        progress.describe(f"scoring {name}")
+        row = score_row(job, session.metrics, cost, progress, base)
+        rows.append(row.model_copy(update=session.study.remarks(name)))
+    progress.close()
+    results = Results(
+        study=session.study.study,
+        images=session.study.images.count,
+        protocol=protocol(session.metrics),
+        variants=rows,
+    )
+    return with_deltas(with_relative_costs(results))
+
+
+def _full_precision_job(session: Session) -> Job | None:
+    row = full_precision(plan.experiment for plan in session.plans)
+    return next((job for job in session.jobs if job.plan.experiment is row), None)
+
+
+def report(session: Session, results: Results) -> list[Path]:
+    """Write everything that shows the results; all files of the run's results."""
+    folder = session.run.path
+    made = provenance.manifest(
+        session.study, session.plans, results.protocol, session.registry.distributions
+    )
+    write_json(folder / "manifest.json", made)
+    rows = [row for job in session.jobs if (row := _gallery_row(job)) is not None]
+    paths = write_report(folder, results, rows, made, directions=session.directions, columns=SHOWN)
+    return [folder / "results.json", *paths, folder / "manifest.json"]
+
+
+def _gallery_row(job: Job) -> tuple[str, torch.Tensor] | None:
+    try:
+        parts = covering(job.folder.finished(), min(SHOWN, job.count))
+        images = [job.folder.read_chunk(part).images[rows] for part, rows in parts]
+    except MissingArtifact:
+        return None
+    except CorruptFile as error:
+        print(f"iec-eval: {error}", file=sys.stderr)
+        return None
+    return job.plan.experiment.name, torch.cat(images)
