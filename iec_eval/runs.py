@@ -422,7 +422,8 @@ def _read_spent(path: Path) -> Spent:
     except (CorruptFile, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CorruptFile(f"{path}: does not say what its images cost ({error})") from error
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}; run it again") from error
+        reason = error.strerror or error
+        raise StorageError(f"cannot read {path}: {reason}; run it again") from error
 
 
 def _read_images(path: Path, part: IndexRange) -> Chunk:

@@ -32,6 +32,7 @@ from iec_eval.metrics.features import ClassifierFeatures
 from iec_eval.metrics.statistics import ReferenceStatistics
 from iec_eval.models.unet import FolderModel, UNet, UNetOptions
 from iec_eval.plugins import BASES
+from iec_eval.report.wording import quantity
 
 Cli = Callable[..., Result]
 Write = Callable[..., Path]
@@ -366,6 +367,25 @@ def test_exported_pictures_are_the_chunks(cli: Cli, finished: Path, tmp_path: Pa
         assert torch.equal(pixels[:, None], images)
         assert f"{tmp_path / name}: 10 images" in told.stdout
     assert not torch.equal(*list(pictures.values())[:2])
+
+
+def test_export_says_what_1000_images_take_in_either_form(
+    cli: Cli, finished: Path, tmp_path: Path
+) -> None:
+    told = cli("export", finished, tmp_path).stdout.splitlines()[-1]
+    images = 10 * len(VARIANTS)
+    png = sum(path.stat().st_size for path in tmp_path.glob("*/*.png"))
+    chunks = sum(path.stat().st_size for path in finished.glob("*/chunks/*"))
+    assert told == (
+        f"1,000 images take {quantity(1000 * png / images, 'B')} as PNG files, "
+        f"{quantity(1000 * chunks / images, 'B')} as chunk files"
+    )
+
+
+def test_an_export_of_no_images_yet_says_so(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "out" / "row-00000000" / "chunks").mkdir(parents=True)
+    told = cli("export", tmp_path / "out", tmp_path / "png")
+    assert (told.exit_code, told.stdout) == (0, f"{tmp_path}/png/row-00000000: 0 images\n")
 
 
 @pytest.mark.parametrize(
@@ -735,6 +755,16 @@ def test_a_missing_study_is_refused_by_every_verb(
 ) -> None:
     assert refusal(cli(verb, source, "-o", tmp_path / "out")).startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("accelerator", ["gpus", "tpu"])
+def test_an_accelerator_that_is_not_there_is_refused(
+    cli: Cli, write_study: Write, tmp_path: Path, accelerator: str
+) -> None:
+    words = "launch", write_study(tmp_path), "-o", tmp_path / "out"
+    result = cli(*words, "-s", f"execution.accelerator={accelerator}")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("iec-eval: execution: Lightning cannot start")
 
 
 @pytest.mark.parametrize("shard", ["3", "3/3", "a/b", "-1/4", "²/4", "", "1/2/3", "0/0"])

@@ -30,18 +30,25 @@ LAYERS = {
     "errors": 0,
     "clock": 0,
     "schedule": 0,
+    "processes": 0,
     "progress": 0,
+    "stopping": 0,
     "embedded": 0,
     "hookspecs": 0,
     "noise": 1,
     "options": 1,
     "storage": 1,
+    "claims": 1,
     "images": 1,
     "hub": 1,
     "pretrained": 1,
+    "scheduler": 1,
     "study": 2,
+    "runs": 2,
     "networks": 2,
+    "ranks": 3,
     "denoising": 3,
+    "slurm": 3,
     "metrics.features": 4,  # what a feature network is, and the networks
     "conversion": 4,
     "*.base": 5,
@@ -59,17 +66,25 @@ LAYERS = {
     "cost": 12,
     "provenance": 12,
     "training": 12,
-    "generation": 12,
+    "jobs": 12,
+    "scaling": 12,
+    "work": 13,
+    "generation": 14,
     "report": 13,
     "evaluation": 13,
+    "status": 13,
     "inspection": 14,
+    "pictures": 14,
+    "workload": 15,
     "references": 14,
     "analysis": 14,
-    "workflow": 15,
-    "cli": 16,
-    "__main__": 17,
-    "api": 17,
-    "testing": 17,
+    "session": 15,
+    "stages": 16,
+    "workflow": 17,
+    "cli": 18,
+    "__main__": 19,
+    "api": 19,
+    "testing": 19,
     "": -1,  # iec_eval itself: the version
 }
 
@@ -152,12 +167,14 @@ def test_the_layers_name_what_there_is() -> None:
 
 
 def test_the_command_line_imports_only_click_at_start_up() -> None:
-    for module in ("cli", "cli.main", "errors", ""):
+    for module in ("cli", "cli.main", "errors", "processes", "stopping", ""):
         names = imported(iter(modules()[module].body))
         heads = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
         assert heads <= {"click", "iec_eval"}
     top = {name for name in imported(iter(modules()["cli.main"].body)) if "iec_eval" in name}
-    assert top == {"iec_eval.__version__", "iec_eval.errors.IecEvalError"}
+    own = {"iec_eval.__version__", "iec_eval.errors.IecEvalError", "iec_eval.processes"}
+    own |= {"iec_eval.stopping.Terminated", "iec_eval.stopping.ending_when_asked"}
+    assert top == own
 
 
 def test_builtin_classes_are_named_in_their_own_family_only() -> None:

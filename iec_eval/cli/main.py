@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from iec_eval import __version__
+from iec_eval import __version__, processes
 from iec_eval.errors import IecEvalError
+from iec_eval.stopping import Terminated, ending_when_asked
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
@@ -25,23 +26,24 @@ class ErrorBoundary(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with ending_when_asked():
+                return super().invoke(ctx)
         except IecEvalError as error:
-            click.echo(f"iec-eval: {error}", err=True)
+            click.echo(f"iec-eval{processes.name()}: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             _say_kept("interrupted")
             sys.exit(130)
-        except BaseException as error:
-            if type(error).__name__ != "Terminated":
-                raise
+        except Terminated as error:
             _say_kept("asked to stop")
-            sys.exit(143)
+            sys.exit(error.status)
 
 
 def _say_kept(what: str) -> None:
+    if not processes.leads():
+        return
     click.echo(
-        f"\niec-eval: {what}; every finished chunk is kept, run the same command again to go on",
+        f"\niec-eval: {what}; everything finished is kept, run the same command again to go on",
         err=True,
     )
 
@@ -74,13 +76,78 @@ def study_options(command: Command) -> Command:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 
 
+SLURM_OPTIONS = (
+    click.option("--slurm", is_flag=True, help="Submit it as chained SLURM jobs instead."),
+    click.option("--array", type=POSITIVE, metavar="N", help="Generate in an array of N tasks."),
+    click.option("--nodes", type=POSITIVE, metavar="N", help="Generate in one job of N nodes."),
+    click.option(
+        "--gpus-per-node",
+        type=POSITIVE,
+        metavar="G",
+        help="GPUs, and processes, on each node that generates.",
+    ),
+    click.option("--partition", metavar="NAME", help="As sbatch takes it."),
+    click.option("--time", metavar="LIMIT", help="Of each job, as sbatch takes it."),
+    click.option("--account", metavar="NAME", help="As sbatch takes it."),
+    click.option(
+        "--scripts",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Your versions of the four SLURM scripts.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Print sbatch's command lines, submit nothing."),
+    click.option("--force", is_flag=True, help="Submit although an earlier launch is queued."),
+    click.argument("extra", nargs=-1, metavar="[-- SBATCH_OPTIONS]"),
+)
+
+
+def slurm_options(command: Command) -> Command:
+    """How to submit; what follows ``--`` goes to sbatch as it is."""
+    for option in reversed(SLURM_OPTIONS):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @study_options
-def launch(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Do everything that is missing: calibrate, generate, evaluate, report."""
-    from iec_eval import workflow
+@slurm_options
+def launch(
+    study: str, overrides: tuple[str, ...], out: Path | None, slurm: bool, **options: Any
+) -> None:
+    """Do everything that is missing: calibrate, generate, evaluate, report.
 
-    _finish(workflow.launch(study, overrides, out))
+    With --slurm as jobs that follow one another, each with the options of sbatch given after --;
+    otherwise here and now.
+    """
+    if not slurm:
+        _refuse_slurm_options(options)
+    from iec_eval import workflow
+    from iec_eval.slurm import Options
+
+    if slurm:
+        click.echo(workflow.submit(study, overrides, out, Options(**options)))
+    else:
+        _finish(workflow.launch(study, overrides, out))
+
+
+def _refuse_slurm_options(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        words = "what follows the study" if given == ["extra"] else f"--{given[0]}"
+        raise click.UsageError(f"{words.replace('_', '-')} is for --slurm, which is not given")
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@json_option
+def status(out: Path, as_json: bool) -> None:
+    """Show what of the run folder OUT is done, running, missing and failed; changes nothing.
+
+    With SLURM jobs and their states, and the time that the rest will take.
+    """
+    from iec_eval import status as look
+
+    click.echo(look.report(out, as_json=as_json))
 
 
 @cli.command()
@@ -131,13 +198,38 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
     show_default=True,
     help="Sustained speed to estimate times with: 10^12 floating-point operations a second.",
 )
+@click.option("--scale", metavar="P,P,...", help="Estimate for so many processes: 1,8,64,512.")
+@click.option(
+    "--seconds-per-image",
+    multiple=True,
+    metavar="[ROW=]SECONDS",
+    help="With --scale: what one process needs where no run has measured it; repeatable. Without "
+    "ROW the full-precision row's; other rows follow by their work.",
+)
+@click.option(
+    "--assume",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="With --scale: another speed than it prints at its end; repeatable.",
+)
 def show(
-    study: str, overrides: tuple[str, ...], out: Path | None, as_json: bool, tflops: float
+    study: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    tflops: float,
+    scale: str | None,
+    seconds_per_image: tuple[str, ...],
+    assume: tuple[str, ...],
 ) -> None:
     """Show what a study would do, need and cost; reads no weights, works without them."""
     from iec_eval import workflow
+    from iec_eval.workload import ScaleQuestion
 
-    click.echo(workflow.show(study, overrides, out, as_json=as_json, tflops=tflops))
+    if scale is None and (seconds_per_image or assume):
+        raise click.UsageError("--seconds-per-image and --assume need --scale")
+    asked = None if scale is None else ScaleQuestion(scale, seconds_per_image, assume)
+    click.echo(workflow.show(study, overrides, out, as_json=as_json, tflops=tflops, scale=asked))
 
 
 @cli.command()
