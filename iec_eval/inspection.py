@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from iec_eval import status
-from iec_eval.assembly import artifact_keys
+from iec_eval.assembly import artifact_keys, missing_artifacts
 from iec_eval.cost import EvaluationCost, evaluation_costs, expected_evaluations
 from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.jobs import Job
@@ -93,12 +93,7 @@ def missing(jobs: Sequence[Job], study: Study, run: RunFolder) -> Missing:
     """What is to be calibrated and generated."""
     size = study.execution.chunk_size
     unfinished = [job for job in jobs if job.missing(size)]
-    keys = {
-        key
-        for job in unfinished
-        for part, key in artifact_keys(job.plan)
-        if part.needs_calibration and not run.has(key)
-    }
+    keys = {key for job in unfinished for key in missing_artifacts(job.plan, run)}
     return Missing(len(keys), sum(len(job.missing(size)) for job in unfinished))
 
 

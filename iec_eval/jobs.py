@@ -13,7 +13,7 @@ from iec_eval import processes
 from iec_eval.assembly import Plan
 from iec_eval.errors import CorruptFile
 from iec_eval.metrics.features import FeatureNetwork, Features
-from iec_eval.runs import IndexRange, VariantFolder, missing_ranges
+from iec_eval.runs import IndexRange, VariantFolder, covers, missing_ranges
 from iec_eval.storage import read_sealed, seen, write_sealed
 from iec_eval.study import digest
 
@@ -49,8 +49,7 @@ class Job:
 
     def complete(self, part: IndexRange) -> bool:
         """Whether nothing of ``part`` is missing."""
-        before = IndexRange(0, part.start)
-        return not missing_ranges([before, *self.finished()], part.stop, part.stop)
+        return covers(self.finished(), part)
 
     def may_drop(self, part: IndexRange) -> bool:
         """Whether nobody will read these images again: not the networks, nor the gallery."""

@@ -174,6 +174,10 @@ class VariantFolder:
         """Ranges with a chunk on disk, sorted; nothing is opened."""
         return finished_ranges(self.chunks)
 
+    def ever_finished(self) -> list[IndexRange]:
+        """The same, with chunks whose images were deleted after all wanted of them was kept."""
+        return sorted({*self.finished(), *finished_ranges(self.dropped, ".json")})
+
     def scored(self, networks: Sequence[str]) -> list[IndexRange]:
         """Ranges whose images were deleted and whose features of all ``networks`` are there."""
         found = finished_ranges(self.dropped, ".json")
@@ -235,8 +239,7 @@ class VariantFolder:
         """Remove pieces whose images are in chunks, left by a process that was killed."""
         finished = self.finished() if self.parts.is_dir() else []
         for part in finished_ranges(self.parts):
-            before = IndexRange(0, part.start)
-            if not missing_ranges([before, *finished], part.stop, part.stop):
+            if covers(finished, part):
                 self._part(part).unlink(missing_ok=True)
 
     def features(self, network: str) -> Path:
@@ -386,6 +389,11 @@ def missing_ranges(finished: Iterable[IndexRange], count: int, chunk_size: int) 
             position = edge
         position = max(position, part.stop)
     return missing
+
+
+def covers(ranges: Iterable[IndexRange], part: IndexRange) -> bool:
+    """Whether ``ranges`` together hold all of ``part``."""
+    return not missing_ranges([IndexRange(0, part.start), *ranges], part.stop, part.stop)
 
 
 def covering(ranges: Sequence[IndexRange], count: int) -> list[tuple[IndexRange, slice]]:

@@ -211,7 +211,7 @@ def _row(
     names: Mapping[str, str],
 ) -> RowStatus:
     folder, count = VariantFolder(out / row["folder"]), int(listing["images"])
-    missing = missing_ranges(_finished(folder), count, int(listing["chunk_size"]))
+    missing = missing_ranges(folder.ever_finished(), count, int(listing["chunk_size"]))
     artifacts = out / "artifacts"  # whether they are whole is not looked at: that takes reading
     waiting = [
         one
@@ -236,11 +236,6 @@ def _row(
         workers=workers,
         error=error,
     )
-
-
-def _finished(folder: VariantFolder) -> list[IndexRange]:
-    """Ranges that are done: images were deleted only after all that is wanted of them was kept."""
-    return sorted({*folder.finished(), *finished_ranges(folder.dropped, ".json")})
 
 
 def _in_parts(folder: VariantFolder, missing: Iterable[IndexRange]) -> int:
@@ -283,7 +278,7 @@ class Speed:
 def _measure(folder: VariantFolder) -> Speed:
     files = [
         (written, part)
-        for part in _finished(folder)
+        for part in folder.ever_finished()
         for path in (
             folder.chunks / f"{part.stem}.safetensors",
             folder.dropped / f"{part.stem}.json",

@@ -47,9 +47,7 @@ class Task:
 
     def done(self) -> bool:
         """Whether the file is there, or others that hold the same images."""
-        if self.network is not None:
-            return features_file(self.job.folder, self.range, self.network).is_file()
-        return self.job.complete(self.range)
+        return self.made() or (self.network is None and self.job.complete(self.range))
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,7 @@ def _by_work(
 
 def _measured_row(folder: VariantFolder) -> Speed | None:
     """Seconds per image that a row's finished chunks recorded, None if there are none."""
-    finished = {*folder.finished(), *finished_ranges(folder.dropped, ".json")}
-    return _measured(finished, lambda part: folder.recorded_spent(part).seconds)
+    return _measured(folder.ever_finished(), lambda part: folder.recorded_spent(part).seconds)
 
 
 def _measured(

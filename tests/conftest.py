@@ -156,12 +156,18 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Installs the callback ``witness``, for this process and for real ones."""
-    place = tmp_path_factory.mktemp("site")
-    (place / "witness.py").write_text(WITNESS)
-    about = place / "witness-1.0.dist-info"
+    with installed_plugin(tmp_path_factory.mktemp("site"), "witness", WITNESS):
+        yield
+
+
+@contextmanager
+def installed_plugin(place: Path, name: str, source: str) -> Iterator[None]:
+    """The plugin ``name`` made of one module, for this process and for real ones."""
+    (place / f"{name}.py").write_text(source)
+    about = place / f"{name}-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: witness\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[iec_eval]\nwitness = witness\n")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[iec_eval]\n{name} = {name}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(place)
         patch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)

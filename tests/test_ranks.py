@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import environment, started
+from conftest import environment, installed_plugin, started
 from places import COUNT, EXECUTION, ROWS, Place, assert_same_run
 
 BATCH, CHUNK = 2, 8
@@ -44,15 +44,7 @@ def iec_eval_run_finished(result):
 @pytest.fixture(scope="module")
 def counter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Installs the plugin above, for this process and for real ones."""
-    place = tmp_path_factory.mktemp("counter")
-    (place / "finished_counter.py").write_text(COUNTER)
-    about = place / "finished_counter-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: finished-counter\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[iec_eval]\ncounter = finished_counter\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(place)
-        patch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
+    with installed_plugin(tmp_path_factory.mktemp("counter"), "finished_counter", COUNTER):
         yield
 
 
