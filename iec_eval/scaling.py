@@ -38,12 +38,12 @@ class Assumptions:
     elsewhere, ``python tests/benchmark_scaling.py --constants`` prints.
     """
 
-    start: float = _assumed(10.0, "seconds of a process before its first row: imports, Lightning")
-    row: float = _assumed(0.1, "seconds of a process for each row, besides reading the weights")
+    start: float = _assumed(8.5, "seconds of a process before its first row: imports, Lightning")
+    row: float = _assumed(0.03, "seconds of a process for each row, besides reading the weights")
     read: float = _assumed(9e8, "bytes read and checked a second by one process")
-    write: float = _assumed(4e8, "bytes written a second by one process")
-    file: float = _assumed(4e-4, "seconds to create, replace or remove one file")
-    scoring: float = _assumed(2e10, "float64 operations a second of the process that scores")
+    write: float = _assumed(1.7e9, "bytes written a second by one process")
+    file: float = _assumed(1.5e-4, "seconds to create, replace or remove one file")
+    scoring: float = _assumed(5e10, "float64 operations a second of the process that scores")
 
     @classmethod
     def replaced(cls, given: Iterable[str]) -> Assumptions:

@@ -118,12 +118,14 @@ def test_the_study_is_worth_disturbing(undisturbed: Place) -> None:
 
 MANY = 96  # images
 PHASES = {"calibration", "images", "features", "scoring", "report"}
-ANY_TIME = 1.4  # seconds that a process without work needs, more or less
+STARTING = 0.5  # seconds that a process needs until it takes its first work, more or less
+MOST_STEPS = 25  # those of five micro-batches
 # what is waited for, how often, and how much CPU time passes until the kill
 AIMS: list[tuple[str | None, int, float]] = [
     ("calibration", 5, 0.15),
-    (None, 23, ANY_TIME),  # since the start: while starting, generating, writing, merging
     ("features", 10, 0.01),  # it takes no longer
+    ("images", 18, 0.02),  # after a random number of steps
+    (None, 5, STARTING),
     ("scoring", 6, 0.8),
     ("report", 6, 0.3),
 ]
@@ -134,7 +136,9 @@ KILLS = sum(times for _, times, _ in AIMS)
 class Soak:
     """Two processes at a time in one run folder, one after the other killed at random moments.
 
-    Lifetimes are in seconds of CPU time, so that a busy machine sees the same moments.
+    Moments are told by the work that is done, and by CPU time: those of a fast or busy machine are
+    the same. Kills while images are made leave enough of them: 18 times five micro-batches and
+    those of the process beside are fewer than there are.
     """
 
     server: Server
@@ -160,11 +164,13 @@ class Soak:
             victim.fork.kill()
 
     def begin(self, aim: str | None, longest: float) -> Victim:
-        passed = {"calibration": calibrated(self.place), "features": scored(self.place)}
+        images = scored(self.place)
+        passed = {"calibration": calibrated(self.place), "features": images, "images": images}
         if aim is not None and passed.get(aim):
-            aim, longest = None, ANY_TIME
+            aim, longest = None, STARTING
         fork = start(self.server, self.place, *self.overrides)
-        return Victim(fork, self.chance.uniform(0, longest), aim)
+        steps = self.chance.randrange(MOST_STEPS) if aim == "images" else 0
+        return Victim(fork, self.chance.uniform(0, longest), aim, steps)
 
     def ended(self, victim: Victim) -> bool:
         """Whether a process has come to its end, by being killed now if its time has come."""
@@ -179,18 +185,25 @@ class Soak:
 
 @dataclass
 class Victim:
-    """A process that will be killed after ``lifetime``: since its start, or since its aim."""
+    """A process that will be killed after ``lifetime``: since its start, or since its aim.
+
+    It has reached its aim when it is at it and has begun so many denoising steps.
+    """
 
     fork: Fork
     lifetime: float
     aim: str | None
+    steps: int = 0
     since: float = 0.0
 
     def due(self, place: Place) -> bool:
         used = cpu_seconds(self.fork.pid)
-        if self.aim and self.aim in self.doing(place):
+        if self.aim and self.reached(place):
             self.aim, self.since = None, used
         return self.aim is None and used - self.since >= self.lifetime
+
+    def reached(self, place: Place) -> bool:
+        return self.aim in self.doing(place) and steps_begun(place, self.fork.pid) >= self.steps
 
     def phase(self, place: Place) -> str:
         """What it did when it was killed, from what it left."""
@@ -213,6 +226,12 @@ def claimed(place: Place, pid: int) -> set[str]:
                 words = path.name.split(".")
                 kinds.add("calibration" if words[0] == "calibration" else words[1].split("-")[0])
     return kinds
+
+
+def steps_begun(place: Place, pid: int) -> int:
+    """Denoising steps that a process has begun, by its notes: a line an image."""
+    notes = place.notes / f"{pid}.txt"
+    return len(notes.read_text().splitlines()) // BATCH if notes.exists() else 0
 
 
 def cpu_seconds(pid: int) -> float:
@@ -244,8 +263,10 @@ def soaked(server: Server, place: Callable[..., Place]) -> Soak:
 
 @pytest.mark.slow
 def test_kills_hit_every_phase(soaked: Soak) -> None:
+    print(soaked.kills)
     assert soaked.kills.total() >= KILLS
     assert soaked.kills.keys() >= PHASES, soaked.kills
+    assert soaked.kills["images"] >= 10, soaked.kills
 
 
 @pytest.mark.slow
