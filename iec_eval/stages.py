@@ -11,7 +11,6 @@ import torch
 from iec_eval import processes, provenance, ranks
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
-from iec_eval.comparisons import with_comparisons
 from iec_eval.cost import evaluation_costs
 from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
 from iec_eval.evaluation import groups, protocol
@@ -123,23 +122,20 @@ def _scored(session: Session) -> Results:
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     base = _full_precision_job(session)
-    rows, estimates = [], {}
+    rows = []
     for job, cost in zip(session.jobs, evaluation_costs(session.plans), strict=True):
         name = job.plan.experiment.name
         progress.describe(f"scoring {name}")
-        scored = score_row(job, session.metrics, cost, progress, base)
-        rows.append(scored.row.model_copy(update=session.study.remarks(name)))
-        estimates[name] = scored.estimates
+        row = score_row(job, session.metrics, cost, progress, base)
+        rows.append(row.model_copy(update=session.study.remarks(name)))
     progress.close()
     results = Results(
         study=session.study.study,
         images=session.study.images.count,
         protocol=protocol(session.metrics),
-        controls=list(session.study.wanted_controls()),
         variants=rows,
     )
-    results = with_deltas(with_relative_costs(results))
-    return with_comparisons(results, estimates, session.directions)
+    return with_deltas(with_relative_costs(results))
 
 
 def _full_precision_job(session: Session) -> Job | None:

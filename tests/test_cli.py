@@ -524,8 +524,8 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown control": (
         {"controls": ["full"]},
-        "study STUDY: controls.0: Input should be 'full-precision', 'full-precision+iec', "
-        "'equal-cost', 'zero-cost', 'halves' or 'naive-stacking', got 'full'",
+        "study STUDY: controls.0: Input should be 'full-precision' or 'full-precision+iec', "
+        "got 'full'",
     ),
     "no rows": ({"variants": []}, "study 'toy': no variants and no controls, nothing to do"),
     "double row": (

@@ -47,8 +47,6 @@ class Sampler(ABC):
         clips: whether its options make it clip the predicted image.
         uncorrectable: why refining its predictions makes no sense; empty: it does.
         timesteps: what the network is told at each step, noisiest first.
-        levels: abar of the sample before each step and after the last, where the options make it
-            follow the deterministic path of the forward process; empty: it does not, or says not.
     """
 
     name: ClassVar[str]
@@ -57,7 +55,6 @@ class Sampler(ABC):
     clips: bool = False
     uncorrectable: str = ""
     timesteps: Sequence[float]
-    levels: Sequence[float] = ()
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
         self.options, self.schedule = options, schedule
@@ -75,9 +72,8 @@ class Sampler(ABC):
 
         One evaluation of the network at the state's sample. A method that needs more for one
         prediction overrides this, and may leave in the state's memory what it found on the way.
-        The evaluation at the sample is ``step.evaluate()``, others are ``step.predict(...)``.
         """
-        return state, step.evaluate()
+        return state, step.predict(state.sample)
 
     @abstractmethod
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
