@@ -269,7 +269,6 @@ def soaked(server: Server, place: Callable[..., Place]) -> Soak:
 def test_kills_hit_every_phase(soaked: Soak) -> None:
     assert soaked.kills.total() >= KILLS
     assert soaked.kills.keys() >= PHASES, soaked.kills
-    assert soaked.kills["images"] >= 10, soaked.kills
 
 
 @pytest.mark.slow
