@@ -137,8 +137,8 @@ class Soak:
     """Two processes at a time in one run folder, one after the other killed at random moments.
 
     Moments are told by the work that is done, and by CPU time: those of a fast or busy machine are
-    the same. Kills while images are made leave enough of them: 18 times five micro-batches and
-    those of the process beside are fewer than there are.
+    the same. The kills before scoring leave work for each other: ten chunks of four micro-batches
+    and 18 times five micro-batches are fewer than the 144 there are.
     """
 
     server: Server
@@ -164,9 +164,8 @@ class Soak:
             victim.fork.kill()
 
     def begin(self, aim: str | None, longest: float) -> Victim:
-        images = scored(self.place)
-        passed = {"calibration": calibrated(self.place), "features": images, "images": images}
-        if aim is not None and passed.get(aim):
+        passed = {"calibration": calibrated, "features": scored, "images": scored}
+        if aim in passed and passed[aim](self.place):
             aim, longest = None, STARTING
         fork = start(self.server, self.place, *self.overrides)
         steps = self.chance.randrange(MOST_STEPS) if aim == "images" else 0
