@@ -18,6 +18,7 @@ from iec_eval.errors import (
     UnknownName,
 )
 from iec_eval.hookspecs import hookimpl
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.models.base import DiffusionModel, to_uint8
@@ -40,6 +41,7 @@ __all__ = [
     "DiffusionModel",
     "Draw",
     "EfficiencyMethod",
+    "Estimate",
     "FeatureNetwork",
     "Features",
     "IecEvalError",

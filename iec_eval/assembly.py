@@ -6,7 +6,7 @@ Everything that can be wrong is found here, before weights are read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from iec_eval.calibration import (
     CPU,
     ArtifactStore,
     Bench,
+    Calibrated,
     Draft,
     draft_key,
     next_key,
@@ -85,13 +86,71 @@ class Assembly:
     clock: Clock
 
 
-def plan_study(study: Study, registry: Registry, lacking: list[str] | None = None) -> list[Plan]:
-    """Plans for every row of a study, which share the model.
+@dataclass(frozen=True)
+class Planner:
+    """Plans the rows of one study, which share the model; those with equal samplers share it too.
+
+    ``identity`` is the model's, empty where its files are not there; ``batching`` are the sizes
+    that decide images where a part lets those of a batch depend on each other.
+    """
+
+    registry: Registry
+    model: DiffusionModel
+    identity: Mapping[str, str]
+    batching: Mapping[str, int]
+    _samplers: dict[str, Sampler] = field(default_factory=dict)
+
+    def plan(self, row: Experiment) -> Plan:
+        """The plan of a row, its parts built anew and checked but for the network they fit.
+
+        Raises UnknownName, ConfigError or Incompatible, naming the row.
+        """
+        sampler = self.sampler(row.sampler, f"{row.name}: sampler")
+        methods = [
+            build(self.registry, "efficiency method", part, f"{row.name}: efficiency[{i}]")
+            for i, part in enumerate(row.efficiency)
+        ]
+        callbacks = [
+            build(self.registry, "callback", part, f"{row.name}: callbacks[{i}]")
+            for i, part in enumerate(row.callbacks)
+        ]
+        fingerprint = self._fingerprint(row, methods, callbacks)
+        plan = Plan(row, self.model, self.identity, sampler, methods, callbacks, fingerprint)
+        _check(plan)
+        return plan
+
+    def sampler(self, part: Part, where: str) -> Sampler:
+        """A sampler on the model's noise schedule; steps are pure, so rows can share it.
+
+        Raises UnknownName or ConfigError.
+        """
+        key = repr(part)
+        if key not in self._samplers:
+            self._samplers[key] = build(self.registry, "sampler", part, where, self.model.schedule)
+        return self._samplers[key]
+
+    def _fingerprint(
+        self,
+        row: Experiment,
+        methods: Iterable[EfficiencyMethod],
+        callbacks: Sequence[DenoisingCallback],
+    ) -> str:
+        calibrated = [callback for callback in callbacks if callback.needs_calibration]
+        mixed = any(callback.depends_on_batch for callback in callbacks)
+        stages = [part for method in methods for part in method.parts()]
+        parts: list[EfficiencyMethod | DenoisingCallback] = [*stages, *calibrated]
+        versions = {part.name: part.version for part in parts}
+        batching = self.batching if mixed else None
+        return row.fingerprint(self.identity, batching, versions, calibrated=bool(calibrated))
+
+
+def planner(study: Study, registry: Registry, lacking: list[str] | None = None) -> Planner:
+    """What plans the rows of a study.
 
     What a model id names is downloaded. With a list ``lacking`` nothing is, and files that are
     not there are no error but noted in it; such plans can be shown, not run.
 
-    Raises UnknownName, ConfigError or Incompatible, saying in which row.
+    Raises UnknownName or ConfigError for a model that cannot be had.
     """
     model = _model(registry, study.model, download=lacking is None)
     missing = model.missing() if lacking is not None else []
@@ -100,10 +159,37 @@ def plan_study(study: Study, registry: Registry, lacking: list[str] | None = Non
         lacking.extend(missing)
     run = study.execution
     batching = {"batch_size": run.batch_size, "chunk_size": run.chunk_size}
-    plans = [_plan(row, model, identity, batching, registry) for row in study.experiments()]
+    return Planner(registry, model, identity, batching)
+
+
+def plan_rows(planner: Planner, rows: Iterable[Experiment]) -> list[Plan]:
+    """Plans for rows, whose methods fit the model's network.
+
+    Raises UnknownName, ConfigError or Incompatible, saying in which row.
+    """
+    plans = [planner.plan(row) for row in rows]
     for plan in distinct_networks(plans).values():
-        _check_fit(plan)
+        check_fit(plan)
     return plans
+
+
+def plan_like(plan: Plan, registry: Registry, **changes: Any) -> Plan:
+    """The plan of the same row with other ``efficiency`` or ``callbacks``, say.
+
+    Raises UnknownName, ConfigError or Incompatible, as :func:`plan_study`.
+    """
+    row = plan.experiment.model_copy(update=changes)
+    return Planner(registry, plan.model, plan.identity, {}).plan(row)
+
+
+def plan_study(study: Study, registry: Registry, lacking: list[str] | None = None) -> list[Plan]:
+    """Plans for the rows that the study names and its full-precision controls.
+
+    The other controls are added by ``controls.plan_with_controls``, which takes the same.
+
+    Raises UnknownName, ConfigError or Incompatible, saying in which row.
+    """
+    return plan_rows(planner(study, registry, lacking), study.experiments())
 
 
 def _model(registry: Registry, part: Part, *, download: bool) -> DiffusionModel:
@@ -221,14 +307,20 @@ def calibrate(
     return _apply(plan, plan.model.load(), store, Calibrator(device, progress))
 
 
-def artifact_keys(plan: Plan) -> list[tuple[EfficiencyMethod, str]]:
-    """The parts with the keys of their artifacts, in order."""
+def artifact_keys(plan: Plan) -> list[tuple[Calibrated, str]]:
+    """What has to be calibrated for a row, with the keys of the artifacts, in order."""
+    return [(part, key) for part, key in _keyed(plan) if part.needs_calibration]
+
+
+def _keyed(plan: Plan) -> list[tuple[EfficiencyMethod | DenoisingCallback, str]]:
+    """The methods' parts, then the callbacks, each with the key of what it may calibrate."""
     row = plan.experiment
     key = root_key(
         {**row.model, "files": dict(plan.identity)}, row.sampler, row.calibration.model_dump()
     )
+    parts: list[EfficiencyMethod | DenoisingCallback] = [*plan.parts(), *plan.callbacks]
     keyed = []
-    for part in plan.parts():
+    for part in parts:
         key = next_key(key, part)
         keyed.append((part, key))
     return keyed
@@ -236,9 +328,7 @@ def artifact_keys(plan: Plan) -> list[tuple[EfficiencyMethod, str]]:
 
 def missing_artifacts(plan: Plan, store: RunFolder) -> list[str]:
     """Keys of the artifacts that are not calibrated yet, in order."""
-    return [
-        key for part, key in artifact_keys(plan) if part.needs_calibration and not store.has(key)
-    ]
+    return [key for _, key in artifact_keys(plan) if not store.has(key)]
 
 
 @dataclass(frozen=True)
@@ -249,7 +339,13 @@ class Calibrator:
     progress: Progress | None
 
     def bench(
-        self, plan: Plan, network: nn.Module, clock: Clock, key: str, store: ArtifactStore | None
+        self,
+        plan: Plan,
+        network: nn.Module,
+        clock: Clock,
+        key: str,
+        store: ArtifactStore | None,
+        callbacks: Sequence[DenoisingCallback],
     ) -> Bench:
         progress = self.progress or Progress("steps", visible=False)
         plan.model.to(self.device)
@@ -263,31 +359,8 @@ class Calibrator:
             device=self.device,
             progress=progress,
             draft=Draft(store, draft_key(key)),
+            callbacks=tuple(callbacks),
         )
-
-
-def _plan(
-    row: Experiment,
-    model: DiffusionModel,
-    identity: Mapping[str, str],
-    batching: Mapping[str, int],
-    registry: Registry,
-) -> Plan:
-    sampler = build(registry, "sampler", row.sampler, f"{row.name}: sampler", model.schedule)
-    methods = [
-        build(registry, "efficiency method", part, f"{row.name}: efficiency[{i}]")
-        for i, part in enumerate(row.efficiency)
-    ]
-    callbacks = [
-        build(registry, "callback", part, f"{row.name}: callbacks[{i}]")
-        for i, part in enumerate(row.callbacks)
-    ]
-    mixed = any(callback.depends_on_batch for callback in callbacks)
-    versions = {part.name: part.version for method in methods for part in method.parts()}
-    fingerprint = row.fingerprint(identity, batching if mixed else None, versions)
-    plan = Plan(row, model, identity, sampler, methods, callbacks, fingerprint)
-    _check(plan)
-    return plan
 
 
 def _check(plan: Plan) -> None:
@@ -308,8 +381,11 @@ def _check(plan: Plan) -> None:
         raise
 
 
-def _check_fit(plan: Plan) -> None:
-    """Apply the parts to the network without weights."""
+def check_fit(plan: Plan) -> None:
+    """Apply the parts to the network without weights.
+
+    Raises ConfigError or Incompatible, naming the row, if they do not fit it.
+    """
     try:
         if plan.methods:
             assemble_skeleton(plan)
@@ -338,12 +414,18 @@ def _apply(
     calibrator: Calibrator | None = None,
 ) -> Assembly:
     clock = Clock(len(plan.sampler.timesteps))
-    for part, key in artifact_keys(plan):
-        bench = calibrator.bench(plan, network, clock, key, store) if calibrator else None
-        if bench is not None and part.needs_calibration:
+    earlier: list[DenoisingCallback] = []
+    for part, key in _keyed(plan):
+        bench = None
+        if calibrator is not None and part.needs_calibration:
+            bench = calibrator.bench(plan, network, clock, key, store, earlier)
             bench.progress.describe(f"{plan.experiment.name}: calibrating {part.name}")
         artifact = obtain(part, key, bench, store)
-        clock.full_steps &= frozenset(part.full_steps(clock.total, artifact))
-        network = part.apply(network, clock, artifact)
+        if isinstance(part, DenoisingCallback):
+            part.use(artifact)
+            earlier.append(part)
+        else:
+            clock.full_steps &= frozenset(part.full_steps(clock.total, artifact))
+            network = part.apply(network, clock, artifact)
     clock.reset()
     return Assembly(plan, network.eval(), clock)

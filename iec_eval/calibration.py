@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Denoiser, denoise
-from iec_eval.efficiency.base import Artifact, EfficiencyMethod
+from iec_eval.efficiency.base import Artifact
 from iec_eval.errors import MissingArtifact
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
@@ -27,6 +27,24 @@ from iec_eval.samplers.base import Sampler
 from iec_eval.study import digest
 
 CPU = torch.device("cpu")
+
+
+class Calibrated(Protocol):
+    """What can be calibrated: an efficiency method, a denoising callback."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def options(self) -> Any: ...
+
+    @property
+    def needs_calibration(self) -> bool: ...
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]: ...
 
 
 class ArtifactStore(Protocol):
@@ -78,6 +96,7 @@ class Bench:
         device: where the network is.
         progress: to be told about long work: ``start``, ``advance``.
         draft: keeps unfinished work.
+        callbacks: those that take part in every trajectory, before the observers.
     """
 
     network: nn.Module
@@ -89,6 +108,7 @@ class Bench:
     device: torch.device = CPU
     progress: Progress = field(default_factory=lambda: Progress("steps", visible=False))
     draft: Draft = Draft()
+    callbacks: Sequence[DenoisingCallback] = ()
 
     def run(
         self,
@@ -112,7 +132,13 @@ class Bench:
             denoiser = Denoiser(self.network, condition, self.clock)
             noise = Noise(self.seed, indices, self.model.shape, self.device)
             with torch.inference_mode():
-                denoise(self.sampler, denoiser, noise, callbacks, between_steps=self._tell)
+                denoise(
+                    self.sampler,
+                    denoiser,
+                    noise,
+                    [*self.callbacks, *callbacks],
+                    between_steps=self._tell,
+                )
 
     @contextmanager
     def every_step_full(self) -> Iterator[None]:
@@ -136,7 +162,7 @@ def root_key(
     )
 
 
-def next_key(key: str, part: EfficiencyMethod) -> str:
+def next_key(key: str, part: Calibrated) -> str:
     """The key of a part's artifact, from the key before it."""
     return digest([key, part.name, part.options.model_dump(mode="json"), part.version])
 
@@ -147,7 +173,7 @@ def draft_key(key: str) -> str:
 
 
 def obtain(
-    part: EfficiencyMethod, key: str, bench: Bench | None, store: ArtifactStore | None
+    part: Calibrated, key: str, bench: Bench | None, store: ArtifactStore | None
 ) -> Artifact:
     """The part's artifact: from the store, or calibrated on ``bench`` now and stored.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from iec_eval.assembly import (
 )
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
+from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
+from iec_eval.samplers.base import Sampler
+from iec_eval.study import Part, digest
 
 FULL_BITS = 32
 
@@ -56,8 +61,11 @@ class EvaluationCost:
         return full * evaluations_full + cached * evaluations_cached
 
 
+_COUNTED: WeakKeyDictionary[DiffusionModel, dict[str, tuple[Work, Work]]] = WeakKeyDictionary()
+
+
 def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost]:
-    """The cost of an evaluation in each row, counted once for rows with the same network."""
+    """The cost of an evaluation in each row, found once for rows with the same network."""
     found = {key: evaluation_cost(plan) for key, plan in distinct_networks(plans).items()}
     return [found[network_key(plan)] for plan in plans]
 
@@ -65,10 +73,38 @@ def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost]:
 def evaluation_cost(plan: Plan) -> EvaluationCost:
     """Count a full and, if the plan has any, a cached evaluation; no weights are read."""
     assembly = assemble_skeleton(plan)
-    full = _count(assembly, full=True)
-    some_cached = len(assembly.clock.full_steps) < assembly.clock.total
-    cached = _count(assembly, full=False) if some_cached else Work()
-    return EvaluationCost(full, cached, stored_bytes(assembly.network))
+    return EvaluationCost(*_evaluation_work(assembly), stored_bytes(assembly.network))
+
+
+def _evaluation_work(assembly: Assembly) -> tuple[Work, Work]:
+    """Of a full and a cached evaluation: counted once for a model's network and the methods on it.
+
+    What one evaluation does depends on neither the sampler, nor the number of its steps, nor how
+    many of them are full; what the network stores may.
+    """
+    plan, clock = assembly.plan, assembly.clock
+    some_cached = len(clock.full_steps) < clock.total
+    known = _COUNTED.setdefault(plan.model, {})
+    key = digest([_structure(plan), some_cached])
+    if key not in known:
+        full = _count(assembly, full=True)  # first: it stores what a cached one recalls
+        known[key] = (full, _count(assembly, full=False) if some_cached else Work())
+    return known[key]
+
+
+def _structure(plan: Plan) -> list[Part]:
+    """The methods, without what only says how many steps are full."""
+    return [
+        {key: value for key, value in part.items() if key != "interval" or interval(method) is None}
+        for part, method in zip(plan.experiment.efficiency, plan.methods, strict=True)
+    ]
+
+
+def interval(method: EfficiencyMethod) -> int | None:
+    """Every how many steps a method that caches has a full one; None if it has no such option."""
+    caches = any(stage.slot == "cacher" for stage in method.parts())
+    found = getattr(method.options, "interval", None)
+    return found if caches and type(found) is int else None
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -88,6 +124,9 @@ def expected_evaluations(plan: Plan) -> Evaluations:
     """
     total = len(plan.sampler.timesteps)
     clock = Clock(total, plan.planned_full_steps())
+    if not plan.callbacks and type(plan.sampler).evaluate is Sampler.evaluate:
+        full = len(clock.full_steps)  # one evaluation a step: nothing to find out
+        return Evaluations(full, total - full)
     denoiser = Denoiser(_StandIn(), Condition(), clock)
     denoise(plan.sampler, denoiser, Noise(0, [0], plan.model.shape), plan.callbacks)
     return clock.evaluations

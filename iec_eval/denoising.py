@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from iec_eval.clock import Clock
+from iec_eval.errors import Incompatible
 from iec_eval.noise import Draw, Noise
 
 if TYPE_CHECKING:
     from iec_eval.callbacks.base import DenoisingCallback
     from iec_eval.samplers.base import Sampler, State
+    from iec_eval.schedule import NoiseSchedule
+
+Timestep = float | Tensor  # one for all rows of an evaluation, or ``[b]``
 
 
 @dataclass(frozen=True)
@@ -54,27 +58,28 @@ class Denoiser:
     def __init__(self, network: nn.Module, condition: Condition, clock: Clock) -> None:
         self.network, self.condition, self.clock = network, condition, clock
 
-    def __call__(self, sample: Tensor, timestep: float, *, rows: Tensor | None = None) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Timestep, *, rows: Tensor | None = None) -> Tensor:
         """Predict for ``sample [b, C, H, W]``, the batch's images ``rows`` (None: all of them)."""
         if self.condition.guided:
             return self._guided(sample, timestep, rows)
         return self._run(sample, timestep, _select(self.condition.inputs, rows), rows, len(sample))
 
-    def _guided(self, sample: Tensor, timestep: float, rows: Tensor | None) -> Tensor:
+    def _guided(self, sample: Tensor, timestep: Timestep, rows: Tensor | None) -> Tensor:
         assert self.condition.unconditional is not None
         half = _select(self.condition.inputs, rows)
         other = _select(self.condition.unconditional, rows)
         inputs = {name: torch.cat([other[name], half[name]]) for name in half}
         images = len(next(iter(self.condition.inputs.values())))
         doubled = None if rows is None else torch.cat([rows, rows + images])
-        output = self._run(torch.cat([sample, sample]), timestep, inputs, doubled, len(sample))
+        when = torch.cat([timestep, timestep]) if isinstance(timestep, Tensor) else timestep
+        output = self._run(torch.cat([sample, sample]), when, inputs, doubled, len(sample))
         unconditional, conditional = output.chunk(2)
         return unconditional + self.condition.scale * (conditional - unconditional)
 
     def _run(
         self,
         sample: Tensor,
-        timestep: float,
+        timestep: Timestep,
         inputs: Mapping[str, Tensor],
         rows: Tensor | None,
         images: int,
@@ -87,7 +92,10 @@ class Denoiser:
             clock.evaluations.full += images
         else:
             clock.evaluations.cached += images
-        when = torch.full((len(sample),), timestep, device=sample.device)
+        if isinstance(timestep, Tensor):
+            when = timestep.to(sample.device)
+        else:
+            when = torch.full((len(sample),), timestep, device=sample.device)
         output = self.network(sample, when, **inputs)
         return output if isinstance(output, Tensor) else output[0]
 
@@ -107,20 +115,44 @@ class Step:
     """
 
     def __init__(
-        self, index: int, state: State, sampler: Sampler, denoiser: Denoiser, noise: Noise
+        self,
+        index: int,
+        state: State,
+        sampler: Sampler,
+        denoiser: Denoiser,
+        noise: Noise,
+        evaluator: DenoisingCallback | None = None,
     ) -> None:
         self._state, self._sampler, self._denoiser, self._noise = state, sampler, denoiser, noise
         self.index, self.total = index, len(sampler.timesteps)
         self.images = noise.images
         self.full = denoiser.clock.is_full(index)
         self.draw: Draw = noise.draw(index)
-        self._evaluations = 0
+        self._evaluations, self._evaluator, self._evaluated = 0, evaluator, False
         self.caches = len(denoiser.clock.full_steps) < denoiser.clock.total
 
     def begin(self) -> Tensor:
-        """The sampler's prediction for this step, which callbacks refine."""
+        """The sampler's prediction for this step, which callbacks refine.
+
+        Raises Incompatible if a callback makes the steps' evaluations and the sampler does not
+        ask for them with :meth:`evaluate`.
+        """
         self._state, prediction = self._sampler.evaluate(self._state, self)
+        if self._evaluator is not None and not self._evaluated:
+            raise Incompatible(
+                f"sampler {self._sampler.name} makes its own evaluations, so "
+                f"{self._evaluator.name} has no effect; let it call step.evaluate()"
+            )
         return prediction
+
+    def evaluate(self) -> Tensor:
+        """The network's prediction at the step's sample, for samplers to ask for once a step.
+
+        A callback may make it in its own way (:meth:`DenoisingCallback.evaluate`).
+        """
+        self._evaluated = True
+        made = None if self._evaluator is None else self._evaluator.evaluate(self)
+        return self.predict(self.sample) if made is None else made
 
     def finish(self, prediction: Tensor) -> State:
         """The state after the step, taken with ``prediction``."""
@@ -129,6 +161,11 @@ class Step:
     @property
     def timestep(self) -> float:
         return self._sampler.timesteps[self.index]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The forward process of the model."""
+        return self._sampler.schedule
 
     @property
     def sample(self) -> Tensor:
@@ -144,7 +181,7 @@ class Step:
         sample: Tensor,
         *,
         rows: Tensor | None = None,
-        timestep: Literal["same", "next"] = "same",
+        timestep: Literal["same", "next"] | Tensor = "same",
         full: bool | None = None,
         store: bool = True,
     ) -> Tensor:
@@ -153,21 +190,28 @@ class Step:
         Args:
             sample: where to evaluate; may differ from ``self.sample``.
             rows: positions in the batch that ``sample`` belongs to; None for the whole batch.
-            timestep: this step's timestep or the next one's (not at the last step).
+            timestep: this step's timestep, the next one's (not at the last step), or ``[b]``, one
+                for each row, which only the network sees: quantizers and caches stay at the step.
             full: run the whole network or the cheap path; None follows the method's schedule.
             store: whether a full evaluation may refresh what a cache holds.
         """
-        at = self.index + (timestep == "next")
+        at = self.index + (isinstance(timestep, str) and timestep == "next")
+        when = timestep if isinstance(timestep, Tensor) else self._sampler.timesteps[at]
         clock = self._denoiser.clock
         clock.step, clock.evaluation = self.index, self._evaluations
         clock.full, clock.store = self.full if full is None else full, store
         self._evaluations += 1
         shown = self._sampler.network_input(self._state, at, sample)
-        return self._denoiser(shown, self._sampler.timesteps[at], rows=rows)
+        return self._denoiser(shown, when, rows=rows)
 
     def preview(self, prediction: Tensor) -> Tensor:
         """The sample the sampler would take with ``prediction``; commits nothing."""
         return self.finish(prediction).sample
+
+    def move(self, sample: Tensor, prediction: Tensor) -> Tensor:
+        """The same from another ``sample``, with the solver's memory as it is."""
+        state = replace(self._state, sample=sample)
+        return self._sampler.step(state, self.index, prediction, self.draw).sample
 
     def fresh_draw(self) -> Draw:
         """Noise of this step that no earlier evaluation has used."""
@@ -185,10 +229,13 @@ def denoise(
     """Run the sampler from pure noise to the final latents ``[B, C, H, W]``.
 
     ``between_steps(done)`` is called after each step, for progress and interruption.
+
+    Raises Incompatible if two callbacks want to make the steps' own evaluations.
     """
+    evaluator = _evaluator(callbacks)
     state = sampler.start(noise.initial())
     for index in range(len(sampler.timesteps)):
-        step = Step(index, state, sampler, denoiser, noise)
+        step = Step(index, state, sampler, denoiser, noise, evaluator)
         prediction = step.begin()
         for callback in callbacks:
             prediction = callback.refine(step, prediction)
@@ -196,6 +243,15 @@ def denoise(
         if between_steps is not None:
             between_steps(index + 1)
     return state.sample
+
+
+def _evaluator(callbacks: Sequence[DenoisingCallback]) -> DenoisingCallback | None:
+    """The one callback that makes the steps' own evaluations, if any does."""
+    found = [callback for callback in callbacks if callback.evaluates]
+    if len(found) > 1:
+        names = " and ".join(callback.name for callback in found)
+        raise Incompatible(f"{names} each make the steps' own evaluation; a run has room for one")
+    return found[0] if found else None
 
 
 def _select(inputs: Mapping[str, Tensor], rows: Tensor | None) -> Mapping[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,36 @@ import torch
 
 from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
+from iec_eval.intervals import Estimate
+from iec_eval.jackknife import with_groups
 from iec_eval.jobs import Job, network_id, stored_features
 from iec_eval.metrics.base import Metric, PairedMetric, Pairs
-from iec_eval.metrics.features import FeatureNetwork, Features
+from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.progress import Progress
 from iec_eval.results import Cost, Measurement, Variant
 from iec_eval.runs import NOTHING_SPENT, IndexRange, VariantFolder, covering
 
 Reader = Callable[[IndexRange, slice], Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of the results, and what its intervals and those of its differences are made of."""
+
+    row: Variant
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What metrics read of a row, batch by batch with the images' indices; read when iterated."""
+
+    read: Reader
+    parts: Sequence[tuple[IndexRange, slice]]
+
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        for part, rows in self.parts:
+            yield self.read(part, rows), torch.tensor(part.indices[rows])
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,7 @@ def spent(job: Job) -> SpentPerImage:
 
 def evaluate(
     job: Job, metrics: Sequence[Metric], progress: Progress, base: Job | None = None
-) -> dict[str, float]:
+) -> dict[str, Estimate]:
     """Every metric of one variant, over its images 0..count-1 in order.
 
     Paired metrics compare with the images of ``base``; they are left out where there is none, and
@@ -55,14 +77,15 @@ def evaluate(
     listed = [index for part, rows in parts for index in part.indices[rows]]
     if listed != list(range(count)):
         raise RuntimeError("not every image would be scored exactly once")
+    found = {}
     for read, group in _readers(job, chosen, base):
-        for part, rows in parts:
-            indices = torch.tensor(part.indices[rows])
-            batch = read(part, rows)
+        batches = _Batches(read, parts)
+        for batch, indices in batches:
             for metric in group:
                 metric.update(batch, indices)
             progress.advance(len(indices))
-    return {name: value for metric in chosen for name, value in _computed(metric).items()}
+        found.update({id(metric): _estimated(metric, batches) for metric in group})
+    return {name: one for metric in chosen for name, one in found[id(metric)].items()}
 
 
 def score(
@@ -71,7 +94,7 @@ def score(
     cost: EvaluationCost,
     progress: Progress,
     base: Job | None = None,
-) -> Variant:
+) -> Scored:
     """The variant's row of the results; a variant that failed or is incomplete says so.
 
     ``base`` is the full-precision variant that paired metrics compare with. If it has not all its
@@ -80,31 +103,31 @@ def score(
     row = _empty_row(job)
     failure = job.folder.failure()
     if failure:
-        return row.model_copy(update={"status": "failed", "error": failure})
+        return Scored(row.model_copy(update={"status": "failed", "error": failure}))
     lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
-        values = evaluate(job, metrics, progress, None if lacking else base)
+        estimates = evaluate(job, metrics, progress, None if lacking else base)
+        measured = {name: _measured(one) for name, one in estimates.items()}
         expense = _cost(spent(job), cost)
     except (MissingArtifact, CorruptChunk) as error:
-        for metric in metrics:
-            metric.reset()
-        return row.model_copy(update={"status": "partial", "error": str(error)})
+        return Scored(row.model_copy(update={"status": "partial", "error": str(error)}))
     except IecEvalError:  # disk and feature network: what all rows share
         raise
     except Exception as error:  # one row's failure must not hide the others
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Scored(row.model_copy(update={"status": "failed", "error": reason}))
+    finally:
         for metric in metrics:
             metric.reset()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return row.model_copy(update={"status": "failed", "error": reason})
-    measured = {name: Measurement(value=value) for name, value in values.items()}
     found = {"metrics": measured, "cost": expense, "error": lacking}
-    return row.model_copy(update=found)
+    return Scored(row.model_copy(update=found), estimates)
 
 
 def groups(metrics: Sequence[Metric]) -> int:
     """How many times evaluation goes over the images of a row, at most."""
-    paired = [metric for metric in metrics if isinstance(metric, PairedMetric)]
-    return len(by_network([m for m in metrics if m not in paired])) + bool(paired)
+    # not by "in": comparing two torchmetrics makes a third, which is always true
+    alone = [metric for metric in metrics if not isinstance(metric, PairedMetric)]
+    return len(by_network(alone)) + (len(alone) < len(metrics))
 
 
 def networks(metrics: Sequence[Metric]) -> list[FeatureNetwork]:
@@ -173,18 +196,22 @@ def _batch(
     """What a metric reads: features, or the images themselves."""
     if network is None:
         return folder.read_chunk(part).images[rows]
-    features = stored_features(folder, part, network)
-    return Features(features.features[rows], features.logits[rows])
+    return stored_features(folder, part, network)[rows]
 
 
-def _computed(metric: Metric) -> dict[str, float]:
-    """The metric's numbers; it is empty again afterwards."""
-    values = metric.compute()
+def _estimated(metric: Metric, again: Iterable[tuple[Any, torch.Tensor]]) -> dict[str, Estimate]:
+    """The metric's numbers and what their intervals are made of; it is empty again afterwards."""
+    estimates = metric.estimates(again)
+    for name, one in estimates.items():
+        if not math.isfinite(one.value):
+            raise ValueError(f"metric {metric.name!r} gave {name} = {one.value}")
+    estimates = with_groups(metric, estimates, again)
     metric.reset()
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"metric {metric.name!r} gave {name} = {value}")
-    return values
+    return estimates
+
+
+def _measured(estimate: Estimate) -> Measurement:
+    return Measurement(value=estimate.value, ci95=estimate.interval())
 
 
 def _empty_row(job: Job) -> Variant:
@@ -193,6 +220,8 @@ def _empty_row(job: Job) -> Variant:
         name=row.name,
         fingerprint=job.plan.fingerprint,
         control=row.control,
+        judges=row.judges,
+        lacks=row.lacks,
         simulated=job.plan.simulated,
         efficiency=row.efficiency,
         callbacks=row.callbacks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -18,7 +18,16 @@ from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
 from iec_eval.slurm import Missing
-from iec_eval.study import Study
+from iec_eval.study import Relation, Study
+
+RELATIONS: Mapping[Relation, str] = {
+    "base": "without the callbacks of",
+    "equal-cost": "equal-cost rival of",
+    "zero-cost": "zero-cost rival of",
+    "half": "half of",
+    "stacking": "naive stacking of",
+    "full-precision": "full precision of",
+}
 
 
 def study_rows(
@@ -50,11 +59,7 @@ def rows_listing(jobs: Sequence[Job], study: Study, run: RunFolder) -> dict[str,
 
 
 def _listed(job: Job) -> dict[str, Any]:
-    keys = [
-        {"part": part.name, "key": key}
-        for part, key in artifact_keys(job.plan)
-        if part.needs_calibration
-    ]
+    keys = [{"part": part.name, "key": key} for part, key in artifact_keys(job.plan)]
     name = job.plan.experiment.name
     return {"name": name, "folder": job.folder.path.name, "artifacts": keys}
 
@@ -155,7 +160,6 @@ def _artifacts(job: Job, run: RunFolder) -> list[dict[str, str]]:
     return [
         {"part": part.name, "artifact": key[:32], "state": "ready" if run.has(key) else "missing"}
         for part, key in artifact_keys(job.plan)
-        if part.needs_calibration
     ]
 
 
@@ -170,6 +174,8 @@ def _row(
         "name": job.plan.experiment.name,
         "fingerprint": job.plan.fingerprint if job.plan.identity else None,
         "control": job.plan.experiment.control,
+        "judges": job.plan.experiment.judges,
+        "lacks": job.plan.experiment.lacks,
         "parts": [part.name for part in job.plan.parts()],
         "artifacts": _artifacts(job, run),
         "simulated": job.plan.simulated,
@@ -190,13 +196,22 @@ def _row(
 def _row_as_text(row: dict[str, Any]) -> str:
     waiting = [artifact["part"] for artifact in row["artifacts"] if artifact["state"] == "missing"]
     calibration = f"; to calibrate: {', '.join(waiting)}" if waiting else ""
+    lacks = "".join(f"\n    lacks {rival}" for rival in row["lacks"])
     return (
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
         f"images missing, {quantity(row['disk_bytes'], 'B')} on disk, "
-        f"{_hours(row['hours'])}{calibration}"
+        f"{_hours(row['hours'])}{calibration}{_judges_as_text(row['judges'])}{lacks}"
     )
+
+
+def _judges_as_text(judges: Mapping[str, Relation]) -> str:
+    """A line for each relation that a row has to others, with their names."""
+    named: dict[str, list[str]] = {}
+    for name, relation in judges.items():
+        named.setdefault(RELATIONS[relation], []).append(name)
+    return "".join(f"\n    {words} {', '.join(names)}" for words, names in named.items())
 
 
 def _total_as_text(rows: Sequence[dict[str, Any]], tflops: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -90,6 +90,7 @@ def _walk(cls: type[BaseModel], loc: Location) -> _Place:
     inner: Any = cls
     path, option = list[int | str](), loc
     for depth, step in enumerate(loc):
+        inner = _not_null(inner)
         if get_origin(inner) in (Union, UnionType):
             option = min(option, loc[:depth], key=len)
         else:
@@ -97,6 +98,13 @@ def _walk(cls: type[BaseModel], loc: Location) -> _Place:
             owner = inner
         inner = _inside(inner, step)
     return _Place(tuple(path), option, owner)
+
+
+def _not_null(annotation: Any) -> Any:
+    """The one alternative to None, which pydantic does not name; other types as they are."""
+    others = [a for a in get_args(annotation) if a is not NoneType]
+    nullable = get_origin(annotation) in (Union, UnionType) and len(others) == 1
+    return others[0] if nullable else annotation
 
 
 def _inside(annotation: Any, step: int | str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 
 from iec_eval import __version__
 from iec_eval.assembly import Plan
+from iec_eval.errors import CorruptFile
 from iec_eval.plugins import Distribution
 from iec_eval.study import Study
 
@@ -40,6 +42,20 @@ def manifest(
         "plugins": [asdict(plugin) for plugin in plugins],
         "device": device(),
     }
+
+
+def recorded_images(path: Path) -> dict[str, Any] | None:
+    """Which images a run made, from its ``manifest.json``: its study's ``images`` but the count.
+
+    None if there is no such file. Raises CorruptFile if it is not a manifest.
+    """
+    try:
+        images = json.loads(path.read_text(encoding="utf-8"))["study"]["images"]
+        return {key: value for key, value in images.items() if key != "count"}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CorruptFile(f"{path}: not the manifest of a run; report on the run again") from None
 
 
 def versions() -> dict[str, str]:

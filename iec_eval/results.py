@@ -22,13 +22,14 @@ from pydantic import (
 )
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
+from iec_eval.intervals import Interval
 from iec_eval.storage import atomic_path
-from iec_eval.study import full_precision
+from iec_eval.study import Relation, full_precision
 
 SCHEMA = 1
 
-Interval = tuple[float, float]
 Status = Literal["done", "partial", "failed"]
+Judgement = Literal["better", "worse", "not distinguishable"]
 
 
 class _Part(BaseModel):
@@ -42,6 +43,25 @@ class Delta(_Part):
     versus: str
     value: float
     ci95: Interval | None = None
+
+
+class Comparison(_Part):
+    """A row against another: what their difference is and whether it is more than noise.
+
+    ``relation`` says what the row ``versus`` is to this one: ``base``, the same without callbacks;
+    ``equal-cost``, the same method given the same multiply-accumulates otherwise; ``zero-cost``, a
+    callback that takes no evaluation; ``half``, a part of what the callback does; ``stacking``,
+    the parts of a composite method put one on the other. ``value`` is this row's ``metric`` minus
+    the other's over the same image indices. ``judgement`` is None where the metric has no better
+    direction or there is no interval.
+    """
+
+    versus: str
+    relation: Relation
+    metric: str
+    value: float
+    ci95: Interval | None = None
+    judgement: Judgement | None = None
 
 
 class Measurement(_Part):
@@ -70,8 +90,10 @@ class Variant(_Part):
     """One row: its parts (as the study names them), its numbers and how it ended.
 
     ``error`` says why a row is not done; of a done one, why it lacks a metric that others have.
-    ``doubt`` says why what the paper reports of the row is in doubt; files from before it was
-    there are read as having none.
+    ``doubt`` says why what the paper reports of the row is in doubt. ``judges`` names the rows that
+    are compared with this one, and what it is to each; ``lacks`` says which rivals it should have
+    had itself and why it has not; ``comparisons`` are this row's with its own judges. Files from
+    before these were there are read as having none.
     """
 
     name: str
@@ -86,6 +108,9 @@ class Variant(_Part):
     doubt: str | None = None
     status: Status = "done"
     error: str | None = None
+    judges: dict[str, Relation] = Field(default_factory=dict)
+    lacks: list[str] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _failure_has_a_reason(self) -> Variant:
@@ -95,12 +120,17 @@ class Variant(_Part):
 
 
 class Results(_Part):
-    """Everything a study measured; ``images`` is the number of images of each finished row."""
+    """Everything a study measured; ``images`` is the number of images of each finished row.
+
+    ``controls`` are the kinds of rows that the tool added where they apply, [] if that was switched
+    off; None in files from before that was noted.
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     study: str
     images: int
     protocol: dict[str, JsonValue]
+    controls: list[str] | None = None
     variants: list[Variant]
 
     @field_validator("variants")
@@ -189,22 +219,31 @@ def with_deltas(results: Results, bases: Mapping[str, str | None] | None = None)
 
 
 def inferred_bases(results: Results) -> dict[str, str]:
-    """For each row with callbacks: the one row with the same efficiency and no callbacks.
+    """The base of each row: the row that says so in its ``judges``, or, for a row with callbacks,
+    the one row with the same efficiency and no callbacks.
 
-    Added controls count only where the study has no such row itself (equal-cost rivals share
-    the method but not the sampler). Where several remain, guessing would mislead: no base.
+    Rows that are something else to it are no base, and added controls count only where the study
+    has no such row itself. Where several remain, guessing would mislead: no base.
     """
+    names = {row.name for row in results.variants}
+    named = {
+        judged: row.name
+        for row in results.variants
+        for judged, relation in row.judges.items()
+        if relation == "base" and judged in names
+    }
     found = {}
     for row in results.variants:
         plain = [
             other
             for other in results.variants
             if row.callbacks and not other.callbacks and other.efficiency == row.efficiency
+            if row.name not in other.judges
         ]
         candidates = [other for other in plain if not other.control] or plain
         if len(candidates) == 1:
             found[row.name] = candidates[0].name
-    return found
+    return {**found, **named}
 
 
 def _with_delta(row: Variant, base: Variant | None) -> Variant:

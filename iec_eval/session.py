@@ -11,7 +11,8 @@ import yaml
 
 from iec_eval import inspection, processes, status
 from iec_eval import study as studies
-from iec_eval.assembly import Plan, plan_metrics, plan_study
+from iec_eval.assembly import Plan, plan_metrics
+from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
 from iec_eval.evaluation import networks
 from iec_eval.jobs import Job
@@ -59,7 +60,7 @@ def prepare(
     study = studies.load(source, overrides)
     registry = load_registry()
     _tell_broken(registry)
-    plans = plan_study(study, registry, lacking)
+    plans = plan_with_controls(study, registry, lacking)
     metrics = plan_metrics(study, registry, plans[0].model, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     keep = study.execution.keep_images
@@ -88,6 +89,8 @@ def open_run(session: Session, *, retry: bool = True) -> None:
     with session.run.claims(session.study.execution.claim_timeout, session.launch) as claims:
         claims.tidy()
     for job in session.jobs:
+        for rival in job.plan.experiment.lacks:
+            print(f"iec-eval: {job.plan.experiment.name} lacks {rival}", file=sys.stderr)
         if retry:
             job.folder.forget_failure(session.launch)
         job.folder.tidy()

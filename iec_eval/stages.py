@@ -11,6 +11,7 @@ import torch
 from iec_eval import processes, provenance, ranks
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
+from iec_eval.comparisons import with_comparisons
 from iec_eval.cost import evaluation_costs
 from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
 from iec_eval.evaluation import groups, protocol
@@ -122,20 +123,23 @@ def _scored(session: Session) -> Results:
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     base = _full_precision_job(session)
-    rows = []
+    rows, estimates = [], {}
     for job, cost in zip(session.jobs, evaluation_costs(session.plans), strict=True):
         name = job.plan.experiment.name
         progress.describe(f"scoring {name}")
-        row = score_row(job, session.metrics, cost, progress, base)
-        rows.append(row.model_copy(update=session.study.remarks(name)))
+        scored = score_row(job, session.metrics, cost, progress, base)
+        rows.append(scored.row.model_copy(update=session.study.remarks(name)))
+        estimates[name] = scored.estimates
     progress.close()
     results = Results(
         study=session.study.study,
         images=session.study.images.count,
         protocol=protocol(session.metrics),
+        controls=list(session.study.wanted_controls()),
         variants=rows,
     )
-    return with_deltas(with_relative_costs(results))
+    results = with_deltas(with_relative_costs(results))
+    return with_comparisons(results, estimates, session.directions)
 
 
 def _full_precision_job(session: Session) -> Job | None:

@@ -26,6 +26,7 @@ from iec_eval.slurm import read_launches, recorded_jobs
 
 ROWS = "rows.json"
 SCHEMA = 1
+MOST_NAMED = 5  # rows whose speed is not known
 MEASURED = 20  # files of a row that its speed is taken from, the newest
 
 State = Literal["done", "running", "failed", "missing"]
@@ -426,7 +427,8 @@ def _rest_as_text(found: RunStatus) -> str:
     who = who if workers else "on one process, but none is at work"
     if found.remaining_seconds is None:
         unknown = [row.name for row in found.rows if row.remaining_seconds is None]
-        return f"Time left is unknown: nothing is measured yet of {', '.join(unknown)}"
+        named = ", ".join(unknown) if len(unknown) <= MOST_NAMED else f"{len(unknown)} rows"
+        return f"Time left is unknown: nothing is measured yet of {named}"
     return f"About {_duration(found.remaining_seconds)} left for images, {who}"
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import Field, field_validator
@@ -19,7 +20,10 @@ from iec_eval.errors import ConfigError, UnknownName
 from iec_eval.options import BaseOptions, validated
 
 Part = dict[str, Any]
-Control = Literal["full-precision", "full-precision+iec"]
+Control = Literal[
+    "full-precision", "full-precision+iec", "equal-cost", "zero-cost", "halves", "naive-stacking"
+]
+Relation = Literal["base", "equal-cost", "zero-cost", "half", "stacking", "full-precision"]
 INHERITED = ("sampler", "efficiency", "callbacks")
 
 
@@ -70,6 +74,14 @@ class Variant(BaseOptions):
     callbacks: list[Part] | None = Field(None, description="denoising callbacks, in order")
 
 
+FULL_PRECISION = {
+    "full-precision": Variant(name="full precision"),
+    "full-precision+iec": Variant(
+        name="full precision + IEC", callbacks=[{"name": "iec", "preset": "paper"}]
+    ),
+}
+
+
 class Study(BaseOptions):
     """A study file, checked for form; names of parts are resolved later.
 
@@ -82,7 +94,9 @@ class Study(BaseOptions):
     sampler: Part
     images: ImagesSpec = ImagesSpec()
     metrics: list[Part] = Field(min_length=1)
-    controls: list[Control] = Field(default_factory=list)
+    controls: list[Control] | None = Field(
+        None, description="kinds of rows the tool adds; null: all that apply, []: none"
+    )
     variants: list[Variant] = Field(default_factory=list)
     calibration: CalibrationSpec = CalibrationSpec()
     execution: ExecutionSpec = ExecutionSpec()
@@ -90,25 +104,48 @@ class Study(BaseOptions):
     doubtful: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
 
     def experiments(self) -> list[Experiment]:
-        """Every row, controls first.
+        """The rows that the study names and the full-precision controls, those first.
+
+        Rivals of these rows, the other controls, are known only when costs are: see ``controls``.
 
         Raises ConfigError for doubled names, an unknown ``extends`` or an empty study, UnknownName
         if ``paper`` or ``doubtful`` names no row.
         """
-        rows = [self._experiment(v, control=True) for v in _controls(self.controls)]
-        known: dict[str, Variant] = {}
-        for variant in self.variants:
-            known[variant.name] = _extended(variant, known)
-            rows.append(self._experiment(known[variant.name], control=False))
+        named = self._named_rows()
+        rows = [*self._full_precision_controls(named), *named]
         if not rows:
             raise ConfigError(f"study {self.study!r}: no variants and no controls, nothing to do")
         _refuse_doubles(row.name for row in rows)
         self._check_remarks([row.name for row in rows])
         return rows
 
+    def wanted_controls(self) -> list[Control]:
+        """The kinds of controls to add where they apply: all, unless the study lists some."""
+        return list(get_args(Control)) if self.controls is None else self.controls
+
     def remarks(self, row: str) -> dict[str, Any]:
         """What the study says of a row besides how to make it: the paper's numbers, the doubt."""
         return {"paper": self.paper.get(row), "doubt": self.doubtful.get(row)}
+
+    def _named_rows(self) -> list[Experiment]:
+        known: dict[str, Variant] = {}
+        for variant in self.variants:
+            known[variant.name] = _extended(variant, known)
+        _refuse_doubles(variant.name for variant in self.variants)
+        return [self._experiment(variant, control=False) for variant in known.values()]
+
+    def _full_precision_controls(self, named: Sequence[Experiment]) -> list[Experiment]:
+        """As listed; without a list those of use that the study has not named itself."""
+        made = {
+            key: self._experiment(variant, control=True) for key, variant in FULL_PRECISION.items()
+        }
+        if self.controls is not None:
+            return [row for key, row in made.items() for name in self.controls if name == key]
+        corrects = any(_is_iec(part) for row in named for part in row.callbacks)
+        useful = [row for row in made.values() if corrects or not row.callbacks]
+        lacking = [row for row in useful if not any(_same_settings(row, own) for own in named)]
+        taken = {row.name for row in named}
+        return [row.model_copy(update={"name": free_name(row.name, taken)}) for row in lacking]
 
     def _check_remarks(self, names: Sequence[str]) -> None:
         for key, remarks in (("paper", self.paper), ("doubtful", self.doubtful)):
@@ -130,10 +167,16 @@ class Study(BaseOptions):
 
 
 class Experiment(BaseOptions):
-    """One row with everything that decides its images."""
+    """One row with everything that decides its images.
+
+    ``judges`` names the rows that are to be compared with this one, and what it is to each;
+    ``lacks`` says which rivals the row itself should have and cannot, and why.
+    """
 
     name: str
     control: bool
+    judges: dict[str, Relation] = Field(default_factory=dict)
+    lacks: list[str] = Field(default_factory=list)
     model: Part
     sampler: Part
     efficiency: list[Part]
@@ -146,12 +189,15 @@ class Experiment(BaseOptions):
         model_identity: Mapping[str, str],
         batching: Mapping[str, int] | None = None,
         versions: Mapping[str, int] | None = None,
+        *,
+        calibrated: bool = False,
     ) -> str:
         """Hex digest of what decides an image: not its name, the count or the execution.
 
         Raising the count of images therefore keeps those already made. ``batching`` is given only
         where a part lets images of a batch depend on each other; ``versions`` are those of the
-        efficiency methods.
+        efficiency methods and of callbacks that calibrate; ``calibrated`` says whether there are
+        such callbacks.
         """
         content = {
             "model": {**self.model, "files": dict(model_identity)},
@@ -159,7 +205,7 @@ class Experiment(BaseOptions):
             "efficiency": self.efficiency,
             "callbacks": self.callbacks,
             "seed": self.images.seed,
-            "calibration": self.calibration.model_dump() if self.efficiency else None,
+            "calibration": self.calibration.model_dump() if self.efficiency or calibrated else None,
         }
         if batching is not None:
             content["batching"] = dict(batching)
@@ -172,7 +218,13 @@ class Row(Protocol):
     """A row of a study, planned or measured, as far as it tells which one is full precision."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def control(self) -> bool: ...
+
+    @property
+    def judges(self) -> Mapping[str, Relation]: ...
 
     @property
     def efficiency(self) -> Sequence[Any]: ...
@@ -187,10 +239,27 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 def full_precision(rows: Iterable[AnyRow]) -> AnyRow | None:
     """The row that others are measured against, None if there is none.
 
-    It is the first without efficiency methods and callbacks, added controls first.
+    It is the first of the study's own without efficiency methods and callbacks, the control of
+    that name before all others. A control that was added for another row follows that row.
     """
-    plain = [row for row in rows if not row.efficiency and not row.callbacks]
+    plain = [row for row in _own(rows) if not row.efficiency and not row.callbacks]
     return next((row for row in plain if row.control), plain[0] if plain else None)
+
+
+def _own(rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
+    """Rows without the controls that come after a row they judge: those may have more steps."""
+    earlier = set[str]()
+    for row in rows:
+        if not (row.control and earlier.intersection(row.judges)):
+            yield row
+        earlier.add(row.name)
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """``name``, or what tells it from a row that is called so already."""
+    numbered = (f"{name} (control {number})" for number in count(2))
+    candidates = chain([name, f"{name} (control)"], numbered)
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def digest(content: Any) -> str:
@@ -265,13 +334,20 @@ def _position(target: Any, key: str, override: str) -> int:
     return int(key)
 
 
-def _controls(names: Iterable[Control]) -> list[Variant]:
-    iec: list[Part] = [{"name": "iec", "preset": "paper"}]
-    made = {
-        "full-precision": Variant(name="full precision"),
-        "full-precision+iec": Variant(name="full precision + IEC", callbacks=iec),
-    }
-    return [made[name] for name in names]
+def _is_iec(part: Part) -> bool:
+    return part.get("name") == "iec"
+
+
+def _same_settings(row: Experiment, other: Experiment) -> bool:
+    """Whether two rows of a study make the same images, as far as the study's own words tell."""
+    keys = ("sampler", "efficiency")
+    return all(getattr(row, key) == getattr(other, key) for key in keys) and (
+        _spelled_out(row.callbacks) == _spelled_out(other.callbacks)
+    )
+
+
+def _spelled_out(callbacks: Iterable[Part]) -> list[Part]:
+    return [{"preset": "paper", **part} if _is_iec(part) else part for part in callbacks]
 
 
 def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:

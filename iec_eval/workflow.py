@@ -13,10 +13,16 @@ import torch
 import yaml
 
 from iec_eval import hub, inspection, pictures, processes, slurm, stages
+from iec_eval.analysis.question import Question
+from iec_eval.analysis.run import analyze as analyze_rows
 from iec_eval.errors import ConfigError
+from iec_eval.generation import set_threads, use_all_threads
 from iec_eval.images import ImagePreparation
 from iec_eval.metrics.statistics import FILE
 from iec_eval.plugins import load_registry
+from iec_eval.provenance import recorded_images
+from iec_eval.report.compare import Run
+from iec_eval.report.compare import compare as compare_runs
 from iec_eval.report.scaling import scaling_as_text
 from iec_eval.report.tables import table as results_table
 from iec_eval.results import read_results
@@ -93,6 +99,21 @@ def table(folders: Sequence[Path], form: str) -> str:
     return results_table([read_results(_results_file(f)) for f in folders], form).rstrip("\n")
 
 
+def compare(folders: Sequence[Path], form: str, rows: Sequence[str], metrics: Sequence[str]) -> str:
+    """Rows of two or more run folders side by side, as md or json."""
+    files = [_results_file(folder) for folder in folders]
+    names = [file.parent.resolve().name for file in files]
+    runs = [
+        Run(
+            name if names.count(name) == 1 else str(folder),
+            read_results(file),
+            recorded_images(file.parent / "manifest.json"),
+        )
+        for name, folder, file in zip(names, folders, files, strict=True)
+    ]
+    return compare_runs(runs, form, rows=rows, metrics=metrics)
+
+
 def show(
     source: str,
     overrides: Sequence[str],
@@ -124,6 +145,22 @@ def show(
     if scaled is not None:
         found["scale"] = scaled.as_json()
     return json.dumps(found, indent=2)
+
+
+def analyze(source: str, overrides: Sequence[str], out: Path | None, question: Question) -> str:
+    """Measure what correction does to a study's rows, as far as it is not measured yet."""
+    session = prepare(source, overrides, out)
+    session.run.open()
+    set_threads(session.study.execution)
+    use_all_threads(session.study.execution)
+    return analyze_rows(
+        session.study,
+        session.jobs,
+        session.run,
+        session.registry,
+        question,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def plugins(*, as_json: bool) -> str:
@@ -195,6 +232,7 @@ def _measure_model(
         "metrics": [
             {"name": "fid", "features": str(out / "features"), "reference": str(out / FILE)}
         ],
+        "controls": [],
         "variants": [{"name": "full precision"}],
         "execution": {"threads": threads, "batch_size": 64},
     }

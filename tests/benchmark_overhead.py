@@ -136,6 +136,7 @@ def _study(images: int, batch: int, steps: int) -> Study:
             "sampler": {"name": "ddim", "steps": steps},
             "images": {"seed": 0, "count": images},
             "metrics": [{"name": "is"}],
+            "controls": [],
             "variants": [{"name": "full precision"}],
             "execution": {"batch_size": batch, "threads": 1, "accelerator": "cpu"},
         }

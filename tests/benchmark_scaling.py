@@ -262,6 +262,7 @@ def _write_study(place: Path, images: int, steps: int, chunks: int) -> Path:
         "sampler": {"name": "ddim", "steps": steps},
         "images": {"seed": 0, "count": images},
         "metrics": [{"name": "is", "features": "fashion-mnist"}],
+        "controls": [],
         "variants": [{"name": "full precision"}],
         "execution": {
             "batch_size": max(1, size // 2),  # so that half of it waits as a part

@@ -178,7 +178,8 @@ def installed_plugin(place: Path, name: str, source: str) -> Iterator[None]:
 def write_study(toy: Toy) -> Callable[..., Path]:
     """``write_study(folder, **changes)`` writes ``folder/study.yaml`` and returns its path.
 
-    It is a study of the toy with three variants; ``changes`` replace whole top-level keys.
+    It is a study of the toy with three variants and no controls; ``changes`` replace whole
+    top-level keys.
     """
 
     def write(folder: Path, **changes: Any) -> Path:
@@ -188,6 +189,7 @@ def write_study(toy: Toy) -> Callable[..., Path]:
             "sampler": {"name": "ddim", "steps": 5},
             "images": {"seed": 7, "count": 10},
             "metrics": toy.metrics(),
+            "controls": [],
             "variants": VARIANTS,
             "execution": {"batch_size": 4, "chunk_size": 4, "threads": 1, "accelerator": "cpu"},
         }

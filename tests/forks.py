@@ -2,7 +2,8 @@
 
 Run as a script this is the server. It reads orders, one JSON value a line, and answers each with
 one line: ``{"arguments", "environment", "log"}`` starts the program in a fork and is answered with
-its process id; a process id is answered with the status it ended with, or null.
+its process id; a process id is answered with the status it ended with, or null. Processes that
+Lightning starts within a run (``execution.devices``) are forks too, of the one that starts them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass
@@ -40,7 +43,17 @@ class Fork:
     @property
     def said(self) -> str:
         """What it has written to stdout and stderr so far."""
-        return self.log.read_text()
+        return self.err + self.out
+
+    @property
+    def out(self) -> str:
+        """What it and the processes it started have written to stdout so far."""
+        return self.log.with_suffix(".out").read_text()
+
+    @property
+    def err(self) -> str:
+        """What they have written to stderr."""
+        return self.log.with_suffix(".err").read_text()
 
     def poll(self) -> int | None:
         """Its status, None if it has not ended."""
@@ -56,6 +69,14 @@ class Fork:
             time.sleep(0.02)
         assert self.status is not None
         return self.status
+
+    def wait_for_all(self, timeout: float = 120) -> int:
+        """Its status, when those that it started have ended too."""
+        status, ends = self.wait(timeout), time.monotonic() + timeout
+        while self.server.ask([self.pid]):
+            assert time.monotonic() < ends, f"others still run after {timeout} s:\n{self.said}"
+            time.sleep(0.02)
+        return status
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it has not been found ended."""
@@ -77,8 +98,9 @@ class Server:
 
     def start(self, *arguments: Any, **environment: str) -> Fork:
         """Run ``iec-eval`` with arguments; variables are added to the environment."""
-        log = self._logs / f"{len(self._started)}.txt"
-        log.touch()
+        log = self._logs / str(len(self._started))
+        for suffix in (".out", ".err"):
+            log.with_suffix(suffix).touch()
         words = [str(argument) for argument in arguments]
         order = {"arguments": words, "environment": environment, "log": str(log)}
         self._started.append(Fork(self, self.ask(order), log, time.time()))
@@ -101,8 +123,8 @@ class Server:
     def end(self) -> None:
         """Kill what still runs, and the server."""
         for fork in self._started:
-            if fork.poll() is None:
-                fork.kill()
+            if self.ask([fork.pid]):
+                os.killpg(fork.pid, signal.SIGKILL)
         self._process.communicate(timeout=30)
 
 
@@ -134,48 +156,127 @@ def _serve() -> None:
     load_registry()  # imports every built-in part
     torch.set_num_threads(1)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of its forks are its own
     answers = os.fdopen(os.dup(1), "w")
+    ends: dict[int, int] = {}
     for line in sys.stdin:
         order = json.loads(line)
-        answer = _begin(order) if isinstance(order, dict) else _status(order)
+        _reap(ends)
+        if isinstance(order, dict):
+            answer: Any = _fork(lambda order=order: _program(**order))
+            ends.pop(answer, None)  # of an earlier process of that number
+        else:
+            answer = ends.get(order) if isinstance(order, int) else _any_of_group(*order)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _status(pid: int) -> int | None:
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
+def _reap(ends: dict[int, int]) -> None:
+    """Take note of all that have ended."""
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            ends[found[0]] = os.waitstatus_to_exitcode(found[1])
 
 
-def _begin(order: dict[str, Any]) -> int:
+def _any_of_group(group: int) -> bool:
+    """Whether a process lives in the group."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _fork(work: Callable[[], int]) -> int:
+    """Process id of a fork that does ``work`` and ends with the status it returns."""
     pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = _program(**order)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return pid
+    return pid or _end_with(work)
+
+
+def _end_with(work: Callable[[], int]) -> NoReturn:
+    status = 1
+    try:
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _program(arguments: list[str], environment: dict[str, str], log: str) -> int:
-    from iec_eval.cli.main import cli
-
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # none outlives the server
-    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the server
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (handle, 1), (handle, 2)):
+    written = [os.open(f"{log}.{end}", os.O_WRONLY | os.O_APPEND) for end in ("out", "err")]
+    for source, target in zip((nothing, *written), range(3), strict=True):
         os.dup2(source, target)
     os.environ.update(environment)
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    from iec_eval.cli.main import cli
+
+    subprocess_script.subprocess = SimpleNamespace(Popen=Sibling)  # type: ignore[attr-defined]
+    sys.argv = ["iec-eval", *arguments]
     try:
         cli(arguments, prog_name="iec-eval")
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+class Sibling:
+    """Stands for the Popen with which Lightning starts the program once more, as another rank.
+
+    It is a fork, which starts anew: arguments, variables and the meaning of signals are those of a
+    new process, and it is a child of the process that started it.
+    """
+
+    def __init__(self, command: list[str], env: dict[str, str], cwd: str | None) -> None:
+        assert cwd is None
+        _, _, *arguments = command  # python and the script
+
+        def work() -> int:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            return _run(arguments)
+
+        self.returncode: int | None = None
+        self._lock = threading.Lock()  # its end can be asked for once, and by two threads
+        self.pid = _fork(work)
+
+    def poll(self) -> int | None:
+        """Its status, None if it has not ended."""
+        with self._lock:
+            if self.returncode is None:
+                found, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if found else None
+            return self.returncode
+
+    def wait(self, timeout: float = 60) -> int:
+        """Its status at its end; raises TimeoutExpired as Popen does."""
+        ends = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > ends:
+                raise subprocess.TimeoutExpired("iec-eval", timeout)
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it has not been found ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """``kill -9``."""
+        self.send_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":

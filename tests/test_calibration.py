@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import started
+from conftest import installed_plugin, started
 
 from iec_eval.calibration import Bench
 from iec_eval.efficiency.cachequant import CacheQuant
@@ -45,12 +45,12 @@ class Run:
     folder: Path
 
     def __call__(
-        self, efficiency: Sequence[Part] = CHAIN, *, verb: str = "launch", **changes: Any
+        self, efficiency: Sequence[Part] = CHAIN, *words: str, verb: str = "launch", **changes: Any
     ) -> Result:
         rows = [{"name": "row", "efficiency": list(efficiency)}]
         given = {"variants": rows, "calibration": {"seed": 1, "images": 4}, **changes}
         study = self.write(self.folder, **given)
-        result: Result = self.cli(verb, study, "-o", self.folder / "out")
+        result: Result = self.cli(verb, study, "-o", self.folder / "out", *words)
         return result
 
     def images(self) -> torch.Tensor:
@@ -359,3 +359,129 @@ def blocks_done(out: Path) -> int:
             tensors, _ = read_tensors(path.with_suffix(".safetensors"))
             return sum(name.endswith(".losses") for name in tensors)
     return 0
+
+
+# --- callbacks that calibrate ---------------------------------------------------------------------
+
+# A callback that measures the mean size of each step's prediction, and divides by it.
+LEVELLER = """
+import torch
+from pydantic import Field
+from iec_eval.api import BaseOptions, DenoisingCallback, hookimpl
+
+class LevellerOptions(BaseOptions):
+    factor: float = Field(1.0, description="of the result")
+
+class Sizes(DenoisingCallback):
+    name = "sizes"
+
+    def __init__(self, total):
+        super().__init__(BaseOptions())
+        self.sums = torch.zeros(total)
+
+    def refine(self, step, prediction):
+        self.sums[step.index] += prediction.abs().mean()
+        return prediction
+
+class Leveller(DenoisingCallback):
+    name = "leveller"
+    Options = LevellerOptions
+    sizes = None  # what it costs is counted before they are measured
+
+    def calibrate(self, bench):
+        sizes = Sizes(bench.clock.total)
+        bench.run([sizes], batch_size=bench.images)
+        return {"sizes": sizes.sums}
+
+    def use(self, artifact):
+        self.sizes = artifact["sizes"]
+
+    def refine(self, step, prediction):
+        size = 1.0 if self.sizes is None else self.sizes[step.index]
+        return self.options.factor * prediction / size
+
+@hookimpl
+def iec_eval_callbacks():
+    return [Leveller]
+"""
+LEVEL = {"name": "leveller"}
+
+
+@pytest.fixture
+def leveller(tmp_path: Path) -> Iterator[None]:
+    place = tmp_path / "plugin"
+    place.mkdir()
+    with installed_plugin(place, "leveller", LEVELLER):
+        yield
+
+
+def levelled(launch: Run, *callbacks: Part, **changes: Any) -> Result:
+    """A cached row with callbacks, launched."""
+    return launch(variants=[cached_row(callbacks)], **changes)
+
+
+def cached_row(callbacks: Sequence[Part]) -> dict[str, Any]:
+    return {"name": "row", "efficiency": [CACHE], "callbacks": list(callbacks)}
+
+
+@pytest.mark.usefixtures("leveller")
+def test_a_callback_is_calibrated_once_after_the_methods_and_used(launch: Run) -> None:
+    done = levelled(launch, LEVEL)
+    assert done.exit_code == 0, done.output
+    path = launch.artifacts["leveller"]
+    sizes = read_tensors(path)[0]["sizes"]
+    assert (sizes > 0).all()
+    written, images = path.stat().st_mtime_ns, launch.images()
+    launch.forget_images()
+    assert levelled(launch, LEVEL).exit_code == 0
+    assert path.stat().st_mtime_ns == written
+    assert torch.equal(launch.images(), images)
+    launch.forget_images()
+    assert levelled(launch).exit_code == 0
+    assert not torch.equal(launch.images(), images)
+
+
+@pytest.mark.usefixtures("leveller")
+def test_what_a_callback_measured_depends_on_all_that_comes_before_it(launch: Run) -> None:
+    def key(*callbacks: Part, **changes: Any) -> str:
+        shown = launch((), "--json", verb="show", variants=[cached_row(callbacks)], **changes)
+        of_cache, of_leveller = json.loads(shown.stdout)["rows"][0]["artifacts"]
+        assert (of_cache["part"], of_leveller["part"]) == ("deepcache", "leveller")
+        return str(of_leveller["artifact"])
+
+    plain = key(LEVEL)
+    assert plain == key(LEVEL, {"name": "iec"}) == key(LEVEL, images={"seed": 9, "count": 3})
+    others = [
+        key({**LEVEL, "factor": 2.0}),
+        key({"name": "iec"}, LEVEL),
+        key(LEVEL, calibration={"images": 5}),
+        key(LEVEL, sampler={"name": "ddim", "steps": 6}),
+    ]
+    assert len({plain, *others}) == 5
+
+
+@pytest.mark.usefixtures("leveller")
+def test_a_callback_that_is_not_calibrated_fails_its_row_only(launch: Run) -> None:
+    rows = [{"name": "row", "callbacks": [LEVEL]}, {"name": "plain"}]
+    study = launch.write(launch.folder, variants=rows, calibration={"images": 4})
+    out = launch.folder / "out"
+    done = launch.cli("generate", study, "-o", out, "--shard", "0/2")
+    assert done.exit_code == 1
+    errors = [path.read_text().splitlines()[0] for path in out.glob("*/error.txt")]
+    assert len(errors) == 1
+    assert errors[0].startswith("leveller is not calibrated yet")
+
+
+@pytest.mark.usefixtures("leveller")
+def test_calibration_settings_decide_images_of_a_row_with_such_a_callback_alone(
+    launch: Run,
+) -> None:
+    def fingerprints(**calibration: int) -> list[str]:
+        rows = [{"name": "row", "callbacks": [LEVEL]}, {"name": "plain"}]
+        study = launch.write(launch.folder, variants=rows, calibration=calibration)
+        shown = json.loads(launch.cli("show", study, "--json").stdout)["rows"]
+        return [row["fingerprint"] for row in shown]
+
+    first, second = fingerprints(images=4), fingerprints(images=5)
+    assert first[0] != second[0]
+    assert first[1] == second[1]

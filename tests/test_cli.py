@@ -287,7 +287,7 @@ def test_table_has_four_forms(cli: Cli, finished: Path) -> None:
     names = [variant["name"] for variant in VARIANTS]
     markdown = cli("table", finished).stdout.splitlines()
     assert [line.split("|")[1].strip() for line in markdown if line.startswith("|")][2:] == names
-    assert "| fid-toy" in markdown[0]
+    assert " fid-toy (N=" in markdown[0]
     written = csv.DictReader(io.StringIO(cli("table", finished, "-f", "csv").stdout))
     records = json.loads(cli("table", finished, "--json").stdout)
     assert [row["variant"] for row in written] == names
@@ -524,8 +524,8 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown control": (
         {"controls": ["full"]},
-        "study STUDY: controls.0: Input should be 'full-precision' or 'full-precision+iec', "
-        "got 'full'",
+        "study STUDY: controls.0: Input should be 'full-precision', 'full-precision+iec', "
+        "'equal-cost', 'zero-cost', 'halves' or 'naive-stacking', got 'full'",
     ),
     "no rows": ({"variants": []}, "study 'toy': no variants and no controls, nothing to do"),
     "double row": (

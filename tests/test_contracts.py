@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import build, conditional_unet, random_backbone, tiny_clip, unet
+from helpers import SCHEDULE, build, conditional_unet, random_backbone, tiny_clip, unet
 from pydantic import ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from iec_eval.calibration import Bench
 from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.callbacks.epsilon_scaling import EpsilonScaling
 from iec_eval.callbacks.hooks import iec_eval_callbacks
 from iec_eval.callbacks.iec import IEC
+from iec_eval.callbacks.look_ahead import LookAhead
+from iec_eval.callbacks.scale_matched import ScaleMatched
+from iec_eval.callbacks.self_consistent import SelfConsistent
+from iec_eval.callbacks.time_shift import TimeShift
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Step
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
@@ -24,6 +30,7 @@ from iec_eval.efficiency.deepcache import CachedUNet, DeepCache
 from iec_eval.efficiency.hooks import iec_eval_efficiency_methods
 from iec_eval.embedded import FASHION_MNIST
 from iec_eval.errors import Incompatible
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.base import Metric, Pairs
 from iec_eval.metrics.clip_score import ClipScore
 from iec_eval.metrics.features import CARD, WEIGHTS, ClassifierFeatures, ImageClassifier
@@ -86,7 +93,21 @@ CALLBACKS: dict[type[DenoisingCallback], list[Options]] = {
         {"preset": "paper", "weights": [0.5, 0.25], "tolerance": 0.5},
         {"preset": "paper", "where": "all", "refresh_cache": False},
         {"preset": "paper", "where": {"ends": "1/4"}, "noise": "fresh"},
-    ]
+        {"preset": "paper", "correct": False, "noise": "fresh"},
+    ],
+    LookAhead: [{"weight": 0.5}],
+    SelfConsistent: [{"substeps": 2, "history": 2}],
+    EpsilonScaling: [{"factor": 1.05}, {"factor": 0.9, "slope": 0.05}],
+    ScaleMatched: [{}, {"of": {"name": "iec", "weights": [1.0, 0.5], "where": "first"}}],
+    TimeShift: [{}, {"window": 300, "cutoff": 0}],
+}
+NEUTRAL: dict[type[DenoisingCallback], Options] = {
+    IEC: {"weights": []},
+    EpsilonScaling: {"factor": 1.0},
+    ScaleMatched: {"of": {"weights": []}},
+    TimeShift: {"window": 0},
+    LookAhead: {},
+    SelfConsistent: {"substeps": 1},
 }
 
 
@@ -133,7 +154,10 @@ def test_efficiency_method_on_a_text_network() -> None:
 
 @pytest.mark.parametrize(("cls", "options"), every(CALLBACKS))
 def test_callbacks(cls: type[DenoisingCallback], options: Options) -> None:
-    check_callback(cls, options, neutral={"weights": []})
+    ddim, plms = build(DDIM, {"steps": 5}, SCHEDULE), build(PLMS, {"steps": 5}, SCHEDULE)
+    # the others they refuse: test_correctors.py, test_self_consistent.py
+    some: dict[Any, list[Sampler]] = {TimeShift: [ddim, plms], SelfConsistent: [ddim]}
+    check_callback(cls, options, neutral=NEUTRAL[cls], samplers=some.get(cls))
 
 
 @pytest.mark.parametrize("preset", ["official_ddim", "official_ldm"])
@@ -714,6 +738,48 @@ class UndescribedCallback(BrokenCallback):
     Options = Undescribed
 
 
+class CalibratedCallback(BrokenCallback):
+    """Scales the prediction by a number it calibrates, for its subclasses to break."""
+
+    scale: Tensor | None = None
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        return {"scale": torch.tensor(0.9)}
+
+    def use(self, artifact: Mapping[str, Tensor]) -> None:
+        self.scale = artifact["scale"]
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction if self.scale is None else self.scale * prediction
+
+
+class RandomMeasurement(CalibratedCallback):
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        return {"scale": torch.rand(())}
+
+
+class WritesNumbers(CalibratedCallback):
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        return {"scale": 0.9}  # type: ignore[dict-item]
+
+
+class KnowsItsArtifact(CalibratedCallback):
+    """Uses what it has measured only while it is the very same object."""
+
+    measured: Mapping[str, Tensor] | None = None
+
+    def use(self, artifact: Mapping[str, Tensor]) -> None:
+        self.measured = self.measured or artifact
+        self.scale = artifact["scale"] if artifact is self.measured else None
+
+
+class CorrectsWhatItMeasured(CalibratedCallback):
+    """Takes its extra evaluation only once it is calibrated."""
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        return prediction if self.scale is None else step.predict(step.sample)
+
+
 class NotFinite(BrokenCallback):
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
         return prediction / 0
@@ -798,6 +864,40 @@ class Brightness(Metric):
 
     def compute(self) -> dict[str, float]:
         return {"brightness": float(self.total / self.count)}
+
+
+class WithoutItsNumber(Brightness):
+    def estimates(self, again: Any) -> dict[str, Estimate]:
+        return {}
+
+
+class OtherNumber(Brightness):
+    def estimates(self, again: Any) -> dict[str, Estimate]:
+        return {"brightness": Estimate(1.0)}
+
+
+class GivesInfluence(Brightness):
+    def estimates(self, again: Any) -> dict[str, Estimate]:
+        values = torch.cat([batch.double().mean(dim=(1, 2, 3)) for batch, _ in again])
+        return {"brightness": Estimate(float(values.mean()), self.influence(values))}
+
+    def influence(self, values: Tensor) -> Tensor:
+        return values - values.mean()  # as the batches come, not by index
+
+
+class InfluenceOfSome(GivesInfluence):
+    def influence(self, values: Tensor) -> Tensor:
+        return values[:5]
+
+
+class InfluenceOffCentre(GivesInfluence):
+    def influence(self, values: Tensor) -> Tensor:
+        return values
+
+
+class InfiniteInfluence(GivesInfluence):
+    def influence(self, values: Tensor) -> Tensor:
+        return values / 0
 
 
 class UndescribedMetric(Brightness):
@@ -1076,6 +1176,14 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
     },
     check_callback: {
         "declaration": [(UndescribedCallback, {}, "steps have no description")],
+        "calibration": [(RandomMeasurement, {}, "calibrating again gives another result")],
+        "artifact": [
+            (WritesNumbers, {}, r"\['scale'\] are not tensors"),
+            (KnowsItsArtifact, {}, "saved and loaded, gives another result"),
+        ],
+        "expected evaluations": [
+            (CorrectsWhatItMeasured, {}, r"takes \(25, 0\) evaluations before .*, \(50, 0\) after"),
+        ],
         "finite": [
             (NotFinite, {}, "on sampler ddim.*not finite"),
             (OneForAll, {}, r"gives torch.float32 \[1, 3, 8, 8\], wanted"),
@@ -1106,6 +1214,14 @@ BROKEN: dict[Callable[..., None], dict[str, list[Case]]] = {
         "merge": [(NotAState, {}, "two parts merged"), (CountsRanks, {}, "two parts merged")],
         "empty": [(CountsRanks, {}, "merged with one that saw no image")],
         "reset": [(NotAState, {}, "reset and used again")],
+        "estimates": [
+            (WithoutItsNumber, {}, "lacks brightness"),
+            (OtherNumber, {}, "gives brightness = 1.0"),
+            (InfluenceOfSome, {}, r"wanted float64 \(96,\)"),
+            (InfluenceOffCentre, {}, "wanted 0"),
+            (InfiniteInfluence, {}, "not finite"),
+            (GivesInfluence, {}, "depends on the order"),
+        ],
         "pairs": [
             (WantsFeatures, {}, "this one has a network"),
             (UnnamedRow, {}, "does not name the row"),

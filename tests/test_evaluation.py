@@ -15,12 +15,14 @@ from click.testing import Result
 from conftest import VARIANTS, Toy
 from torch import Tensor
 
-from iec_eval.evaluation import by_network, evaluate, protocol
+from iec_eval.evaluation import by_network, evaluate, groups, protocol
+from iec_eval.intervals import Estimate
 from iec_eval.jobs import network_id
 from iec_eval.metrics.base import Metric
 from iec_eval.metrics.features import ClassifierFeatures, Features, ImageClassifier
 from iec_eval.metrics.fid import FID
 from iec_eval.metrics.inception_score import InceptionScore, InceptionScoreOptions
+from iec_eval.metrics.paired import PSNR
 from iec_eval.options import BaseOptions
 from iec_eval.progress import Progress
 from iec_eval.session import prepare
@@ -40,6 +42,9 @@ VARIANT_KEYS = {
     "doubt",
     "status",
     "error",
+    "judges",
+    "lacks",
+    "comparisons",
 }
 COST_KEYS = {
     "evaluations_full",
@@ -109,7 +114,7 @@ def launched(make_run: Callable[..., Run]) -> Run:
 
 def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
     results = launched.results
-    assert results.keys() == {"schema", "study", "images", "protocol", "variants"}
+    assert results.keys() == {"schema", "study", "images", "protocol", "controls", "variants"}
     assert (results["schema"], results["study"], results["images"]) == (1, "toy", COUNT)
     assert results["protocol"].keys() == {"fid", "is"}
     names = [row["name"] for row in results["variants"]]
@@ -141,6 +146,33 @@ def test_differences_are_to_the_same_row_without_callbacks(launched: Run) -> Non
         assert measured["delta"]["versus"] == "cached"
         assert measured["delta"]["value"] == measured["value"] - cached[name]["value"]
     assert all(measured["delta"] is None for measured in cached.values())
+
+
+def test_numbers_and_differences_have_intervals(launched: Run) -> None:
+    for row in launched.results["variants"]:
+        for name, measured in row["metrics"].items():
+            bounds = [(measured["value"], measured["ci95"])]
+            if measured["delta"]:
+                bounds.append((measured["delta"]["value"], measured["delta"]["ci95"]))
+            for value, ci95 in bounds:
+                if name == "is-std-toy":
+                    assert ci95 is None
+                else:
+                    assert ci95[0] < value < ci95[1]
+                    assert sum(ci95) / 2 == pytest.approx(value, abs=1e-9)
+
+
+def test_a_corrected_row_is_compared_with_its_base(launched: Run) -> None:
+    rows = {row["name"]: row for row in launched.results["variants"]}
+    found = {one["metric"]: one for one in rows["cached + IEC"]["comparisons"]}
+    assert found.keys() == {"fid-toy", "is-toy", "is-std-toy"}
+    for metric, one in found.items():
+        delta = rows["cached + IEC"]["metrics"][metric]["delta"]
+        assert (one["versus"], one["relation"]) == ("cached", "base")
+        assert (one["value"], one["ci95"]) == (delta["value"], delta["ci95"])
+        assert (one["judgement"] is None) == (metric == "is-std-toy")
+    assert {one["versus"] for one in rows["cached"]["comparisons"]} == {"full precision"}
+    assert rows["full precision"]["comparisons"] == rows["plain"]["comparisons"] == []
 
 
 def test_costs_are_the_evaluations_that_were_made(launched: Run) -> None:
@@ -212,7 +244,8 @@ class Witness(Metric):
 def test_every_index_is_scored_once_in_order_with_its_own_image(launched: Run, count: int) -> None:
     session = prepare(str(launched.study), [f"images.count={count}"], launched.out)
     job, metric = session.jobs[2], Witness()
-    assert evaluate(job, [metric], Progress("", visible=False)) == {"witnessed": count}
+    found = evaluate(job, [metric], Progress("", visible=False))
+    assert found == {"witnessed": Estimate(count)}
     images, indices = (torch.cat(shown) for shown in zip(*metric.shown, strict=True))
     assert indices.tolist() == list(range(count))
     stored = torch.cat([job.folder.read_chunk(part).images for part in job.folder.finished()])
@@ -381,6 +414,13 @@ def test_two_metrics_of_one_name_both_say_how_they_measure() -> None:
     found = protocol(metrics)
     assert list(found) == ["is", "is 2", "is 3"]
     assert [found[name]["splits"]["count"] for name in found] == [1, 2, 3]
+
+
+def test_the_progress_counts_a_pass_for_each_network_and_one_for_pairs() -> None:
+    paired = PSNR(BaseOptions())
+    assert groups([metric_of(1), metric_of(2), Witness(), paired]) == 3
+    assert groups([metric_of(1), paired]) == 2
+    assert groups([metric_of(1)]) == groups([paired]) == 1
 
 
 def metric_of(splits: int) -> Metric:

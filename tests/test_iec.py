@@ -383,6 +383,40 @@ def test_refresh_cache(refresh: bool) -> None:
     assert torch.equal(corrected, other.feature)
 
 
+@pytest.mark.parametrize("noise", ["shared", "fresh"])
+def test_refresh_without_correcting(noise: str) -> None:
+    """The evaluations of IEC and the caches they leave, with the step's own predictions."""
+    clock, x, options = Clock(4, [0, 2]), Noise(5, [0, 1], (3, 8, 8)), {"weights": [0.5, 0.5]}
+    cached = CachedUNet(unet(), 2, clock)
+    sampler = ddim(steps=4, eta=1.0)
+    keepers = []
+    for correct in (True, False):
+        keepers.append(FeatureKeeper(cached))
+        callbacks = [iec(correct=correct, noise=noise, tolerance=None, **options), Recorder(cached)]
+        run(keepers[-1], sampler, x, callbacks, clock=clock)
+        recorder = callbacks[-1]
+        assert torch.equal(recorder.predictions[0], keepers[-1].outputs[0]) != correct
+    corrected, plain = keepers
+    assert len(corrected.after) == len(plain.after) == 4 + 2 * 2
+    assert all(torch.equal(corrected.after[i], plain.after[i]) for i in range(3))
+    a, b = coefficients(sampler, 0)
+    moved = a * plain.shown[0] + b * plain.outputs[0]
+    sigma = ddim_sigma(*sampler._abar[:2], 1.0)
+    torch.testing.assert_close(plain.shown[3], moved + sigma * x.draw(0).value)
+
+
+def coefficients(sampler: DDIM, index: int) -> tuple[float, float]:
+    now, then = sampler._abar[index : index + 2]
+    return ddim_coefficients(now, then, ddim_sigma(now, then, sampler.options.eta))
+
+
+def test_without_a_cache_refreshing_alone_changes_nothing() -> None:
+    network, sampler, noise, clock = ConvNet(), ddim(steps=4), Noise(1, [0], SHAPE), Clock(4)
+    refreshed = run(network, sampler, noise, [iec(correct=False)], clock=clock)
+    assert torch.equal(refreshed, run(network, sampler, noise))
+    assert clock.evaluations.full == 8
+
+
 class FeatureKeeper(torch.nn.Module):
     """Keeps what a cache holds after every evaluation."""
 
@@ -390,6 +424,7 @@ class FeatureKeeper(torch.nn.Module):
         super().__init__()
         self.cached = cached
         self.after: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self.shown: list[Tensor] = []
         self.timesteps: list[float] = []
 
@@ -397,6 +432,7 @@ class FeatureKeeper(torch.nn.Module):
         output: Tensor = self.cached(sample, timestep)
         assert self.cached.feature is not None
         self.after.append(self.cached.feature.clone())
+        self.outputs.append(output.clone())
         self.shown.append(sample.clone())
         self.timesteps.append(float(timestep[0]))
         return output
@@ -451,6 +487,7 @@ def test_short_form(short: dict[str, Any], weights: list[float]) -> None:
      ({"where": {"ends": float("inf")}}, "fraction such as 1/10"),
      ({"where": {"ends": "a half"}}, "fraction such as 1/10"),
      ({"where": "last"}, "where"), ({"tolerance": -1.0}, "tolerance"),
+     ({"correct": False, "refresh_cache": False}, "leave nothing"),
      ({"tolerence": 0.1}, "did you mean 'tolerance'"), ({"preset": "papers"}, "preset")],
 )  # fmt: skip
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -67,8 +67,8 @@ def test_the_plugin_works_and_keeps_the_contract():
     scope: dict[str, object] = {"__name__": "my_plugin"}
     exec(compile(text, "README plugin", "exec"), scope)
     (callback,) = scope["iec_eval_callbacks"]()  # type: ignore[operator]
-    assert callback.name == "epsilon-scaling"
-    check_callback(callback, {"factor": 1.01}, neutral={"factor": 1.0})
+    assert callback.name == "centred-noise"
+    check_callback(callback, {"strength": 0.5}, neutral={"strength": 0.0})
 
 
 def test_the_metrics_are_all_there():

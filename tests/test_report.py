@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import re
@@ -16,17 +17,29 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 import torch
+from large_report import large_study
 from PIL import Image
 from torch import Tensor
 
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.report.gallery import cell_corner, gallery
+from iec_eval.report.figures import LARGEST, figures
+from iec_eval.report.filmstrips import filmstrips
+from iec_eval.report.gallery import cell_corner, differences, gallery
+from iec_eval.report.judgements import Against, Judged, comparisons, judged
 from iec_eval.report.page import report_page, write_report
-from iec_eval.report.plots import quality_plot
+from iec_eval.report.plots import front_of, quality_plot
 from iec_eval.report.tables import table
-from iec_eval.report.verdicts import verdicts
-from iec_eval.report.wording import decimals, higher_is_better, quantity, significant
+from iec_eval.report.verdicts import row_verdicts, verdicts
+from iec_eval.report.wording import (
+    decimals,
+    higher_is_better,
+    quantity,
+    reading_note,
+    significant,
+    with_interval,
+)
 from iec_eval.results import (
+    Comparison,
     Cost,
     Measurement,
     Results,
@@ -34,6 +47,7 @@ from iec_eval.results import (
     with_deltas,
     with_relative_costs,
 )
+from iec_eval.study import Relation
 
 IEC = [{"name": "iec"}]
 CACHE = [{"name": "deepcache", "interval": 3}]
@@ -50,6 +64,14 @@ def row(name: str, fid: float, macs: float, **more: Any) -> Variant:
     )
     metrics = {"fid-fashion": Measurement(value=fid, ci95=more.pop("ci95", None))}
     return Variant(name=name, fingerprint="ab", metrics=metrics, cost=cost, **more)
+
+
+def against(versus: str, relation: Relation, value: float, **more: Any) -> Comparison:
+    """A comparison whose interval reaches 0.25 to either side."""
+    low, high = value - 0.25, value + 0.25
+    found: dict[str, Any] = {"metric": "fid-fashion", "ci95": (low, high), **more}
+    word = "not distinguishable" if low <= 0 <= high else "better" if value < 0 else "worse"
+    return Comparison(**{"judgement": word, **found}, versus=versus, relation=relation, value=value)
 
 
 def toy(*rows: Variant, **more: Any) -> Results:
@@ -78,19 +100,18 @@ def uneven() -> Results:
 
 
 MARKDOWN = """\
-| variant      | fid-fashion (N=1000) ↓ | evaluations/image | MACs/image | relative MACs |  \
-seconds/image | weights |
-| ------------ | ---------------------: | ----------------: | ---------: | ------------: | \
--------------: | ------: |
-| Full         |                   9.87 |                20 |      246 M |         1.00x | \
-0.0246 (1.00x) | 1.83 MB |
-| Cached       |                  11.92 |     7 + 13 cached |      152 M |         0.62x | \
-0.0152 (0.62x) | 1.83 MB |
-| Cached + IEC |          10.77 (-1.15) |    14 + 13 cached |      238 M |         0.97x | \
-0.0238 (0.97x) | 1.83 MB |
+| variant      | fid-fashion (N=1000) ↓ |    vs base | vs equal cost | evaluations/image | \
+MACs/image | relative MACs |  seconds/image | weights |
+| ------------ | ---------------------: | ---------: | ------------: | ----------------: | \
+---------: | ------------: | -------------: | ------: |
+| Full         |                   9.87 |          - |             - |                20 | \
+     246 M |         1.00x | 0.0246 (1.00x) | 1.83 MB |
+| Cached       |                  11.92 |          - |             - |     7 + 13 cached | \
+     152 M |         0.62x | 0.0152 (0.62x) | 1.83 MB |
+| Cached + IEC |          10.77 (-1.15) | not judged |  controls off |    14 + 13 cached | \
+     238 M |         0.97x | 0.0238 (0.97x) | 1.83 MB |
 
-1,000 images per row. FID is biased upward below 50,000 images, and small differences are noise. \
-No confidence intervals yet.
+1,000 images per row. FID is biased upward below 50,000 images. No confidence intervals.
 
 In parentheses after a metric: its change against another row (Cached + IEC against Cached).
 
@@ -99,19 +120,19 @@ Callbacks cost extra evaluations: compare rows at equal relative MACs.
 
 LATEX = "\n".join(
     [
-        r"\begin{tabular}{lrrrrrr}",
+        r"\begin{tabular}{lrrrrrrrr}",
         r"\toprule",
-        r"variant & fid-fashion (N=1000) $\downarrow$ & evaluations/image & MACs/image & "
-        r"relative MACs & seconds/image & weights \\",
+        r"variant & fid-fashion (N=1000) $\downarrow$ & vs base & vs equal cost & "
+        r"evaluations/image & MACs/image & relative MACs & seconds/image & weights \\",
         r"\midrule",
-        r"Full & 9.87 & 20 & 246 M & 1.00x & 0.0246 (1.00x) & 1.83 MB \\",
-        r"Cached & 11.92 & 7 + 13 cached & 152 M & 0.62x & 0.0152 (0.62x) & 1.83 MB \\",
-        r"Cached + IEC & 10.77 (-1.15) & 14 + 13 cached & 238 M & 0.97x & 0.0238 (0.97x) & "
-        r"1.83 MB \\",
+        r"Full & 9.87 & - & - & 20 & 246 M & 1.00x & 0.0246 (1.00x) & 1.83 MB \\",
+        r"Cached & 11.92 & - & - & 7 + 13 cached & 152 M & 0.62x & 0.0152 (0.62x) & 1.83 MB \\",
+        r"Cached + IEC & 10.77 (-1.15) & not judged & controls off & 14 + 13 cached & 238 M & "
+        r"0.97x & 0.0238 (0.97x) & 1.83 MB \\",
         r"\bottomrule",
         r"\end{tabular}",
-        r"\par {\footnotesize 1,000 images per row. FID is biased upward below 50,000 images, "
-        r"and small differences are noise. No confidence intervals yet.}",
+        r"\par {\footnotesize 1,000 images per row. FID is biased upward below 50,000 images. "
+        r"No confidence intervals.}",
         r"\par {\footnotesize In parentheses after a metric: its change against another row "
         r"(Cached + IEC against Cached).}",
         r"\par {\footnotesize Callbacks cost extra evaluations: compare rows at equal relative "
@@ -123,10 +144,15 @@ LATEX = "\n".join(
 CSV = """\
 study,variant,fingerprint,control,simulated,status,error,images,fid-fashion,fid-fashion_ci95_low,\
 fid-fashion_ci95_high,fid-fashion_delta,fid-fashion_delta_versus,fid-fashion_delta_ci95_low,\
-fid-fashion_delta_ci95_high,evaluations_full,evaluations_cached,macs_per_image,relative_macs,\
-bit_operations_per_image,relative_bit_operations,seconds_per_image,relative_seconds,weight_bytes
-toy,A,ab,True,False,done,,1000,2.0,1.5,2.5,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
-toy,B,ab,False,False,done,,1000,1.5,,,-0.5,A,,,40.0,0.0,400.0,2.0,,,4e-08,2.0,1834000
+fid-fashion_delta_ci95_high,versus_base,versus_base_metric,versus_base_difference,\
+versus_base_ci95_low,versus_base_ci95_high,versus_base_verdict,versus_equal_cost,\
+versus_equal_cost_metric,versus_equal_cost_difference,versus_equal_cost_ci95_low,\
+versus_equal_cost_ci95_high,versus_equal_cost_verdict,evaluations_full,evaluations_cached,\
+macs_per_image,relative_macs,bit_operations_per_image,relative_bit_operations,seconds_per_image,\
+relative_seconds,weight_bytes
+toy,A,ab,True,False,done,,1000,2.0,1.5,2.5,,,,,,,,,,,,,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
+toy,B,ab,False,False,done,,1000,1.5,,,-0.5,A,,,A,fid-fashion,-0.5,-0.75,-0.25,better,,,,,,\
+controls off,40.0,0.0,400.0,2.0,,,4e-08,2.0,1834000
 """
 
 
@@ -141,7 +167,7 @@ def test_latex_whole() -> None:
 def test_csv_whole_and_json_alike() -> None:
     results = toy(
         row("A", 2.0, 200.0, control=True, ci95=(1.5, 2.5)),
-        row("B", 1.5, 400.0, callbacks=IEC, full=40),
+        row("B", 1.5, 400.0, callbacks=IEC, full=40, comparisons=[against("A", "base", -0.5)]),
     )
     assert table([results], "csv") == CSV
     found = json.loads(table([results], "json"))
@@ -175,10 +201,11 @@ def test_a_doubtful_number_says_so_and_why() -> None:
     assert notes == [
         "(doubtful), A, B: the table has \\<two> headings", "(doubtful), C: not printed"
     ]  # fmt: skip
-    page = report_page(doubtful(), b"", {})
-    assert ">fid 4.32 (doubtful)</td>" in page
+    page = report_page(doubtful(), [], {})
+    assert '>fid 4.32</span><span class="sub">doubtful</span>' in page
+    assert 'title="the table has &lt;two&gt; headings"' in page
     assert "(doubtful), A, B: the table has &lt;two&gt; headings" in page
-    assert "&quot;doubt&quot;: &quot;not printed&quot;" in page
+    assert "&#34;doubt&#34;: &#34;not printed&#34;" in page
 
 
 def test_doubts_are_columns_of_their_own_where_there_are_any() -> None:
@@ -190,8 +217,23 @@ def test_doubts_are_columns_of_their_own_where_there_are_any() -> None:
 
 def test_intervals_are_shown_and_end_the_warning() -> None:
     text = table([toy(row("A", 2.0, 200.0, ci95=(1.5, 2.5)), images=50_000)], "md")
-    assert re.search(r"\| A +\| +2.000 \[1.500, 2.500\] \|", text)
-    assert text.endswith("\n\n50,000 images per row.\n")
+    assert re.search(r"\| A +\| +2.00 \[1.50, 2.50\] \|", text)
+    wanted = (
+        "50,000 images per row. In brackets: 95 % confidence intervals, of noise and not of bias."
+    )
+    assert text.endswith(f"\n\n{wanted}\n")
+
+
+def test_the_note_says_which_metrics_have_no_interval() -> None:
+    given = row("A", 2.0, 200.0, ci95=(1.5, 2.5))
+    more = {"median": Measurement(value=1.0), "is-std": Measurement(value=1.0)}
+    both = given.model_copy(update={"metrics": {**given.metrics, **more}})
+    assert "95 % confidence intervals (none for median), of noise" in reading_note([toy(both)])
+    infinite = {"fid-infinity-fashion": Measurement(value=1.0, ci95=(0.0, 2.0))}
+    both = given.model_copy(update={"metrics": {**given.metrics, **infinite}})
+    assert "below 50,000 images (fid-infinity-fashion is it without that bias). In" in reading_note(
+        [toy(both)]
+    )
 
 
 def test_an_unknown_format_is_refused() -> None:
@@ -250,21 +292,81 @@ def test_numbers_are_worded_to_be_read() -> None:
     assert [decimals([n]) for n in (0.0, 0.0012, 1.5, 12.0, 150.0, 99999.0)] == [2, 6, 3, 2, 1, 0]
 
 
-def test_a_verdict_compares_at_equal_cost() -> None:
-    def verdict(fid: float, macs: float) -> str:
-        plain = (row("P", 10.0, 100.0), row("Q", 9.0, 200.0))
-        return verdicts(toy(*plain, row("C", fid, macs, efficiency=CACHE, callbacks=IEC)))[0]
+def corrected(*comparisons: tuple[str, str, float, Any, Any], **more: Any) -> Variant:
+    """A row with a callback, compared with others: (versus, relation, value, ci95, judgement)."""
+    found = [
+        Comparison(
+            versus=versus, relation=relation, metric="fid-fashion", value=value, ci95=ci95,
+            judgement=judgement,
+        )
+        for versus, relation, value, ci95, judgement in comparisons
+    ]  # fmt: skip
+    more = {"efficiency": CACHE, "callbacks": IEC, **more}
+    return row("C", 8.5, 200.0, comparisons=found, **more)
 
-    assert verdict(9.5, 200.0) == (
-        "C (fid-fashion 9.50 at 2.00x MACs): no better than Q (fid-fashion 9.00 at 2.00x MACs), "
-        "which costs no more."
+
+def plain() -> list[Variant]:
+    names = {"full": 7.0, "P": 10.0, "Q": 8.4, "R": 9.0, "S": 8.6}
+    rows = [row(name, fid, 100.0 * (1 + (name != "full"))) for name, fid in names.items()]
+    return [rows[0].model_copy(update={"control": True}), *rows[1:]]
+
+
+def test_a_verdict_is_about_the_base_and_the_strongest_equal_cost_rival() -> None:
+    found = corrected(
+        ("P", "base", -1.5, (-2.0, -1.0), "better"),
+        ("R", "equal-cost", -0.5, (-0.9, -0.1), "better"),
+        ("Q", "equal-cost", 0.1, (-0.3, 0.5), "not distinguishable"),
+        ("S", "zero-cost", 0.2, (0.1, 0.3), "worse"),
+        ("full", "full-precision", 1.5, (1.2, 1.8), "worse"),
     )
-    assert verdict(8.5, 200.0).endswith(
-        "better than every row without callbacks that costs no more; the nearest is "
-        "Q (fid-fashion 9.00 at 2.00x MACs)."
+    assert verdicts(toy(*plain(), found)) == [
+        "C (fid-fashion 8.50 at 2.00x MACs): better than its base P (fid-fashion 10.00 at 2.00x "
+        "MACs) by 1.50 [1.00, 2.00]; not distinguishable from its strongest equal-cost rival Q "
+        "(fid-fashion 8.40 at 2.00x MACs) (+0.10 [-0.30, +0.50]); worse than the best callback "
+        "without extra evaluations S (fid-fashion 8.60 at 2.00x MACs) by 0.20 [0.10, 0.30]."
+    ]
+    assert list(row_verdicts(toy(*plain(), found))) == ["C"]
+
+
+def test_a_verdict_without_controls_says_so() -> None:
+    (found,) = verdicts(toy(*plain(), corrected(("P", "base", -1.5, None, None))))
+    assert found.endswith(
+        "without an interval, against its base P (fid-fashion 10.00 at 2.00x MACs) (-1.50); no "
+        "equal-cost rival was run (controls off, or none finished)."
     )
-    assert verdict(9.5, 150.0).endswith("those cost 1.00x MACs at most: no rival of equal cost.")
-    assert verdict(9.5, 50.0).endswith("untested, no row without callbacks costs as little.")
+
+
+def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
+    def compared(versus: str, value: float) -> Comparison:
+        return Comparison(
+            versus=versus, relation="equal-cost", metric="is", value=value, ci95=(value, value),
+            judgement="better" if value > 0 else "worse",
+        )  # fmt: skip
+
+    rows = [one.model_copy(update={"metrics": {"is": Measurement(value=5.0)}}) for one in plain()]
+    judged = corrected().model_copy(
+        update={
+            "metrics": {"is": Measurement(value=5.5)},
+            "comparisons": [compared("P", 0.5), compared("Q", -0.2)],
+        }
+    )
+    (found,) = verdicts(toy(*rows, judged))
+    assert "worse than its strongest equal-cost rival Q (is 5.000" in found
+    assert "by 0.200 [0.200, 0.200]" in found
+
+
+def test_rivals_and_halves_get_no_verdict_and_stacked_rows_do() -> None:
+    base = ("P", "base", -1.5, (-2.0, -1.0), "better")
+    for relation in ("equal-cost", "zero-cost", "half"):
+        judge = corrected(base, judges={"X": relation})
+        assert verdicts(toy(*plain(), judge)) == []
+    assert len(verdicts(toy(*plain(), corrected(base, judges={"X": "full-precision"})))) == 1
+    stacked = corrected(("P", "stacking", -1.5, (-2.0, -1.0), "better"), callbacks=[])
+    (found,) = verdicts(toy(*plain(), stacked))
+    assert found.endswith(
+        "better than its parts stacked P (fid-fashion 10.00 at 2.00x MACs) by 1.50 [1.00, 2.00]."
+    )
+    assert verdicts(toy(*plain(), corrected(base, callbacks=[]))) == []
 
 
 def test_no_verdict_without_a_direction_or_from_unfinished_rows() -> None:
@@ -423,6 +525,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.text: list[str] = []
+        self.script = ""
         self.feed(text)
         self.close()
         assert self.open == []
@@ -440,72 +543,281 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        if self.open[-1:] == ["script"]:
+            self.script += data
+        else:
+            self.text.append(data)
 
 
 def whole_page(results: Results | None = None) -> str:
     manifest = {"config": {"note": "</pre><script>alert(1)</script>"}, "path": Path("x")}
-    return report_page(results or uneven(), b"\x89PNG", manifest)
+    return report_page(results or uneven(), [(NASTY, pictures(2))], manifest)
 
 
 def test_the_page_is_well_formed_and_says_everything() -> None:
     page = Page(whole_page(small()))
     text = "".join(page.text)
-    for wanted in (
-        "Full",
-        "Cached",
-        "Cached + IEC",
-        "10.77 (-1.15)",
-        "0.97x",
-        "equal relative MACs",
-    ):
+    for wanted in ("Full", "Cached + IEC", "10.77", "0.97x", "controls off", "equal relative MACs"):
         assert wanted in text
     assert "1,000 images per row. FID is biased upward below 50,000 images" in text
     assert page.tags.count("details") == 3
     assert page.tags.count("svg") == 1
-    assert ("src", "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()) in (
-        page.attributes
-    )
 
 
 def test_the_page_escapes_every_name() -> None:
     results = uneven()
     text = whole_page(results.model_copy(update={"study": "<i>study</i>"}))
     page = Page(text)
-    assert not {"b", "i", "script"} & set(page.tags)
-    assert NASTY + " [failed]" in page.text
-    assert NASTY + " [failed]: no <memory>\nleft" in page.text
+    assert not {"b", "i"} & set(page.tags)
+    assert page.tags.count("script") == 1
+    assert NASTY in "".join(page.text)
+    assert "no <memory>\nleft" in page.text
     assert "<i>study</i>" in page.text
 
 
-def test_the_page_needs_nothing_else() -> None:
+def test_the_page_needs_nothing_else_and_runs_only_its_own_script() -> None:
     text = whole_page()
     links = re.findall(r'(\S*?)="?(?:https?:)?//', text)
-    assert all(link.startswith("xmlns") for link in links)
-    assert not re.search(r"@import|<script|<link|url\((?!#)", text)
-    loaded = [value for name, value in Page(text).attributes if name in ("src", "href")]
-    assert all(value.startswith("data:") for value in loaded)
+    assert all(link.startswith("xmlns") for link in links if link)
+    assert not re.search(r"@import|<script [^>]|<link|url\((?!#)", text)
+    page = Page(text)
+    loaded = [value for name, value in page.attributes if name in ("src", "href")]
+    assert all(value.startswith(("data:image/", "#")) for value in loaded)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    (policy,) = [value for name, value in page.attributes if "default-src" in value]
+    own = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy.split("; ") == [
+        "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{own}'", "base-uri 'none'", "form-action 'none'",
+    ]  # fmt: skip
 
 
 def test_the_page_leaves_out_what_there_is_not() -> None:
-    page = Page(report_page(toy(), b"", {}))
+    page = Page(report_page(toy(), [], {}))
     assert "img" not in page.tags
     assert "svg" not in page.tags
-    assert "At equal cost" not in page.text
+    assert "button" not in page.tags
+    assert not {"At equal cost", "Step by step"} & set(page.text)
 
 
 def test_write_report_writes_the_files_whole(tmp_path: Path) -> None:
     rows = [("Full", pictures(9)), ("Cached", pictures(9))]
     written = write_report(tmp_path / "out", small(), rows, {"git": "abc"}, columns=3)
-    assert [path.name for path in written] == ["table.md", "gallery.png", "report.html"]
+    names = ["table.md", "gallery.png", "gallery-difference.png", "report.html"]
+    assert [path.name for path in written] == names
     assert sorted(tmp_path.glob("out/*")) == sorted(written)
     assert written[0].read_text(encoding="utf-8") == MARKDOWN
     with Image.open(written[1]) as picture:
         assert torch.equal(shown(picture, (1, 2), 16, 4), rows[1][1][2].expand(3, -1, -1))
-    picture_text = base64.b64encode(written[1].read_bytes()).decode()
-    assert picture_text in written[2].read_text(encoding="utf-8")
 
 
 def test_write_report_without_images_makes_no_gallery(tmp_path: Path) -> None:
     written = write_report(tmp_path, small(), [], {})
     assert [path.name for path in written] == ["table.md", "report.html"]
+
+
+# --- strips and differences --------------------------------------------------------------------
+
+
+def decoded(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
+def test_a_strip_holds_the_images_and_the_amplified_differences() -> None:
+    base = torch.full((3, 1, 8, 8), 100, dtype=torch.uint8)
+    other = base.clone()
+    other[1, 0, 2, 3], other[2, 0, 5, 5] = 103, 90
+    made = filmstrips([("base", base), ("other", other)], "base", columns=3)
+    assert made is not None
+    assert [strip.difference is None for strip in made.strips] == [True, False]
+    assert made.factor == 32  # nearly all pixels agree: as much as there is
+    strip, difference = decoded(made.strips[1].images), decoded(made.strips[1].difference or "")
+    assert strip.size == difference.size == (3 * 8 + 2, 8)
+    second, third = (9 + 3, 2), (18 + 5, 5)
+    assert [strip.getpixel(at)[0] for at in (second, third, (0, 0))] == [103, 90, 100]
+    assert [difference.getpixel(at)[0] for at in (second, third, (0, 0))] == [224, 0, 128]
+    assert strip.getpixel((8, 0))[3] == 0  # gaps are transparent
+
+
+def test_the_amplification_leaves_most_differences_unclipped() -> None:
+    base = torch.full((1, 1, 10, 10), 100, dtype=torch.uint8)
+    for size, factor in ((0, 32), (3, 32), (4, 16), (7, 16), (15, 8), (31, 4), (63, 2), (64, 1)):
+        _, found = differences([("base", base), ("other", base + size)], "base")
+        assert found == factor, size
+
+
+def test_only_finished_rows_have_a_difference() -> None:
+    results = toy(
+        row("Full", 1.0, 1e8),
+        row("A", 2.0, 1e8, efficiency=CACHE),
+        row("B", 2.0, 1e8, efficiency=CACHE, status="partial"),
+    )
+    rows = [(name, pictures(2)) for name in ("Full", "A", "B")]
+    text = report_page(results, rows, {})
+    assert re.findall(r'alt="([^"]*) minus Full"', text) == ["A"]
+    broken = results.model_copy(
+        update={"variants": [row("Full", 1.0, 1e8, status="partial"), *results.variants[1:]]}
+    )
+    assert " minus Full" not in report_page(broken, rows, {})
+
+
+def test_strips_stay_within_their_budget() -> None:
+    """Noise, the worst there is to compress, of forty rows of large colour images."""
+    noise = torch.randint(0, 256, (4, 3, 256, 256), dtype=torch.uint8)
+    rows = [(f"row {n}", noise.roll(n, -1)) for n in range(40)]
+    made = filmstrips(rows, "row 0", columns=4, budget=900_000)
+    assert made is not None
+    data = [a for s in made.strips for a in (s.images, s.difference) if a is not None]
+    assert len(data) == 79
+    assert sum(map(len, data)) < 900_000 * 4 / 3 + 79 * 30
+    assert made.shrunk in (48, 64, 96, 128)
+    assert made.height == made.shrunk
+
+
+def test_pictures_of_an_analysis_come_in_unless_they_are_large(tmp_path: Path) -> None:
+    folder = tmp_path / "analysis" / "W8A8"
+    folder.mkdir(parents=True)
+    (folder / "error_growth.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (folder / "spectral.png").write_bytes(b"\x89PNG")
+    (folder / "large.svg").write_bytes(b" " * (LARGEST + 1))
+    (folder / "notes.json").write_text("{}")
+    found = figures(tmp_path / "analysis")
+    shown = [(one.group, one.title, one.data is not None) for one in found]
+    assert shown == [
+        ("W8A8", "error growth", True), ("W8A8", "large", False), ("W8A8", "spectral", True)
+    ]  # fmt: skip
+    text = report_page(small(), [], {}, analysis=found)
+    assert Page(text).tags.count("figcaption") == 2
+    assert "analysis/W8A8/large.svg is too large for this page" in text
+    assert figures(tmp_path / "nothing") == []
+
+
+# --- digits, front, LaTeX ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "text"),
+    [
+        (12.3456, (11.2, 13.5), "12.3 [11.2, 13.5]"),
+        (12.3456, (12.22, 12.47), "12.35 [12.22, 12.47]"),
+        (0.0123456, (0.01231, 0.01237), "0.012346 [0.012310, 0.012370]"),
+        (1234.5, (1000.0, 1500.0), "1234 [1000, 1500]"),
+        (1.5, None, "1.500"),
+        (1.5, (1.5, 1.5), "1.500 [1.500, 1.500]"),
+    ],
+)
+def test_digits_end_where_the_interval_says_they_mean_nothing(
+    value: float, bounds: tuple[float, float] | None, text: str
+) -> None:
+    assert with_interval(value, bounds, 3) == text
+
+
+def test_the_front_is_what_nothing_cheaper_beats() -> None:
+    study = large_study()
+    done = [r for r in study.variants if r.status == "done"]
+    places = {r.name: (r.cost.relative_macs or 0, r.metrics["fid-fashion"].value) for r in done}
+    beaten = {
+        name
+        for name, (cost, fid) in places.items()
+        for other, (least, best) in places.items()
+        if other != name and least <= cost and best <= fid and (least, best) != (cost, fid)
+    }
+    assert {point.name for point in front_of(study)} == places.keys() - beaten
+    assert front_of(study, {"fid-fashion": True}) != front_of(study)
+
+
+def test_the_plot_has_a_title_bar_and_shape_for_every_finished_row() -> None:
+    study = large_study()
+    svg = quality_plot(study)
+    assert svg is not None
+    titles = re.findall(r'<g id="row-(\d+)">\s*<title>(.*?)</title>', svg)
+    finished = [n for n, r in enumerate(study.variants, 1) if r.status == "done"]
+    assert [int(number) for number, _ in titles] == finished
+    assert titles[2][1] == "3. DeepCache N=5 + IEC: fid-fashion 0.386 [0.328, 0.444] at 0.65x MACs"
+    assert 'id="pareto-front"' in svg
+    assert "mathdefault" not in svg
+
+
+class Tabular:
+    """A LaTeX ``tabular`` read by its structure; fails on what LaTeX would stumble over."""
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(
+            r"\\begin\{tabular\}\{([lr]+)\}\n\\toprule\n(.*) \\\\\n\\midrule\n(.*)\\bottomrule\n"
+            r"\\end\{tabular\}\n((?:\\par \{\\footnotesize .*\}\n)*)",
+            text,
+            re.DOTALL,
+        )
+        assert found is not None
+        self.alignment, head, body, self.notes = found.groups()
+        lines = [head, *(line.removesuffix(" " + 2 * "\\") for line in body.splitlines())]
+        self.cells = [re.split(r"(?<!\\) & ", line) for line in lines]
+        bare = re.sub(
+            r"\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater)\{\}", "", text
+        )
+        bare = re.sub(r"\\[&%$#_{}]|\$\\(up|down)arrow\$", "", bare)
+        assert bare.count("{") == bare.count("}")
+        assert not re.search(r"[%$#_^~]", bare)
+
+
+def test_latex_has_verdicts_and_intervals_in_a_sound_tabular() -> None:
+    study = large_study()
+    read = Tabular(table([study], "latex"))
+    assert {len(line) for line in read.cells} == {len(read.alignment)}
+    assert len(read.cells) == 1 + len(study.variants)
+    head, *rows = read.cells
+    base, rival = head.index("vs base"), head.index("vs equal cost")
+    iec = next(line for line in rows if line[0] == "DeepCache N=5 + IEC")
+    assert iec[1] == "0.386 {[}0.328, 0.444] (+0.076 {[}+0.018, +0.134])"
+    assert iec[base] == "worse (+0.076 {[}+0.046, +0.106])"
+    assert iec[rival] == "worse (+0.138 {[}+0.108, +0.168])"
+    assert (
+        r"\par {\footnotesize vs equal cost: DeepCache N=5 + IEC against DeepCache N=5, equal"
+        in (read.notes)
+    )
+
+
+# --- verdict columns ---------------------------------------------------------------------------
+
+
+def verdict_of(one: Variant, against: Against, *others: Variant) -> Judged:
+    return judged(one, against, toy(one, *others))
+
+
+def test_the_strongest_rival_is_the_best_one() -> None:
+    rivals = [row(name, 1.0, 1e8, efficiency=CACHE) for name in ("weak", "strong")]
+    one = row(
+        "C", 2.0, 2e8, callbacks=IEC, efficiency=CACHE,
+        comparisons=[against("weak", "equal-cost", -1.0), against("strong", "equal-cost", 0.5)],
+    )  # fmt: skip
+    found = verdict_of(one, "equal-cost", *rivals)
+    assert found.comparison is not None
+    assert (found.comparison.versus, found.word) == ("strong", "worse")
+    upward = judged(one, "equal-cost", toy(one, *rivals), {"fid-fashion": True})
+    assert upward.comparison is not None
+    assert upward.comparison.versus == "weak"
+
+
+@pytest.mark.parametrize("status", ["partial", "failed"])
+def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
+    ended = {"status": status, "error": "power cut"}
+    comparison = [against("base", "base", -1.0)]
+    one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=comparison, judges={"base": "base"})
+    base = row("base", 3.0, 1e8)
+    assert verdict_of(one, "base", base).word == "better"
+    broken = verdict_of(one.model_copy(update=ended), "base", base)
+    assert (broken.comparison, broken.word) == (None, status)
+    broken = verdict_of(one, "base", base.model_copy(update=ended))
+    assert (broken.comparison, broken.word) == (None, "not judged")
+    study = toy(one, base.model_copy(update=ended))
+    assert comparisons(study.variants[0], study) == []
+    assert 'id="compared"' not in report_page(study, [], {})
+
+
+def test_where_controls_are_off_the_column_says_so() -> None:
+    one = row("C", 2.0, 2e8, callbacks=IEC)
+    assert verdict_of(one, "equal-cost").word == "controls off"
+    judged_later = one.model_copy(update={"judges": {"R": "equal-cost"}})
+    assert verdict_of(judged_later, "equal-cost").word == "not judged"
+    assert verdict_of(one.model_copy(update={"control": True}), "equal-cost").word == ""
+    assert verdict_of(row("plain", 1.0, 1e8), "base").word == ""

@@ -32,6 +32,7 @@ LITERAL: dict[str, Any] = {
     "study": "toy",
     "images": 1000,
     "protocol": {"resize": "tf1", "weights": {"sha256": "ab"}},
+    "controls": ["full-precision", "equal-cost"],
     "variants": [
         {
             "name": "cached + IEC",
@@ -63,6 +64,18 @@ LITERAL: dict[str, Any] = {
             "doubt": "the paper has two values",
             "status": "done",
             "error": None,
+            "judges": {},
+            "lacks": ["Heun: the sampler cannot be corrected"],
+            "comparisons": [
+                {
+                    "versus": "cached",
+                    "relation": "base",
+                    "metric": "fid",
+                    "value": -1.5,
+                    "ci95": [-2.0, -1.0],
+                    "judgement": "better",
+                }
+            ],
         },
         {
             "name": "broken",
@@ -87,6 +100,9 @@ LITERAL: dict[str, Any] = {
             "doubt": None,
             "status": "failed",
             "error": "out of memory",
+            "judges": {"cached + IEC": "equal-cost"},
+            "lacks": [],
+            "comparisons": [],
         },
     ],
 }
@@ -110,8 +126,9 @@ def test_a_file_survives_reading_and_writing_with_every_key(tmp_path: Path) -> N
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["first.json", "second.json"]
 
 
-def test_a_file_from_before_there_were_doubts_is_read(tmp_path: Path) -> None:
-    rows = [{k: v for k, v in row.items() if k != "doubt"} for row in LITERAL["variants"]]
+def test_a_file_from_before_there_were_doubts_and_comparisons_is_read(tmp_path: Path) -> None:
+    later = {"doubt", "judges", "lacks", "comparisons"}
+    rows = [{k: v for k, v in row.items() if k not in later} for row in LITERAL["variants"]]
     (tmp_path / "old.json").write_text(json.dumps({**LITERAL, "variants": rows}), encoding="utf-8")
     assert [row.doubt for row in read_results(tmp_path / "old.json").variants] == [None, None]
 
@@ -198,6 +215,21 @@ def test_a_base_is_not_guessed_among_several_and_can_be_given() -> None:
     assert delta(given, "40 steps") == Delta(versus="20 steps", value=-1.0)
     with pytest.raises(ConfigError, match="no row named '60 steps'"):
         with_deltas(results, {"IEC": "60 steps"})
+
+
+def test_a_row_may_say_whose_base_it_is_and_rivals_are_none() -> None:
+    results = toy(
+        row("20 steps", 12.0, control=True),
+        row("40 steps", 11.0, control=True, judges={"IEC": "equal-cost"}),
+        row("IEC", 10.5, callbacks=IEC),
+    )
+    assert inferred_bases(results) == {"IEC": "20 steps"}
+    named = toy(
+        row("20 steps", 12.0),
+        row("40 steps", 11.0, judges={"IEC": "base", "gone": "base"}),
+        row("IEC", 10.5, callbacks=IEC),
+    )
+    assert inferred_bases(named) == {"IEC": "40 steps"}
 
 
 def test_a_base_can_be_refused() -> None:

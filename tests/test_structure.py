@@ -17,8 +17,9 @@ from click.testing import CliRunner
 
 import iec_eval.api
 from iec_eval import hookspecs, plugins
-from iec_eval.assembly import plan_metrics, plan_study
+from iec_eval.assembly import plan_metrics
 from iec_eval.cli.main import cli
+from iec_eval.controls import plan_with_controls
 from iec_eval.plugins import BASES, load_registry
 from iec_eval.study import load
 
@@ -36,6 +37,7 @@ LAYERS = {
     "embedded": 0,
     "hookspecs": 0,
     "noise": 1,
+    "intervals": 1,
     "options": 1,
     "storage": 1,
     "claims": 1,
@@ -60,10 +62,12 @@ LAYERS = {
     "callbacks": 7,
     "metrics": 7,
     "plugins": 9,
+    "jackknife": 9,
     "calibration": 10,
     "assembly": 11,
     "results": 12,
     "cost": 12,
+    "controls": 13,
     "provenance": 12,
     "training": 12,
     "jobs": 12,
@@ -73,6 +77,7 @@ LAYERS = {
     "report": 13,
     "evaluation": 13,
     "status": 13,
+    "comparisons": 14,
     "inspection": 14,
     "pictures": 14,
     "workload": 15,
@@ -162,7 +167,7 @@ def test_the_layers_name_what_there_is() -> None:
     known = {name for name in LAYERS if not name.startswith("*.")}
     folders = {module.partition(".")[0] for module in modules()}
     assert folders <= known
-    unused = known - modules().keys() - {"analysis"}
+    unused = known - modules().keys()
     assert not unused
 
 
@@ -306,7 +311,7 @@ def test_there_are_studies() -> None:
 def test_every_study_assembles(path: Path) -> None:
     registry = load_registry()
     study = load(str(path))
-    plans = plan_study(study, registry)
+    plans = plan_with_controls(study, registry)
     assert plan_metrics(study, registry, plans[0].model)
     assert len({plan.fingerprint for plan in plans}) == len(plans)
 
@@ -331,7 +336,7 @@ def test_the_wheel_holds_what_is_needed(tmp_path: Path) -> None:
 
 def package_files() -> list[Path]:
     """Files that the package needs at run time."""
-    suffixes = {".py", ".typed", ".yaml", ".json", ".safetensors"}
+    suffixes = {".py", ".typed", ".yaml", ".json", ".safetensors", ".html", ".css", ".js"}
     return [path for path in PACKAGE.rglob("*") if path.suffix in suffixes]
 
 

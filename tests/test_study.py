@@ -19,6 +19,7 @@ CONTENT: dict[str, Any] = {
     "sampler": {"name": "ddim", "steps": 10},
     "images": {"seed": 3, "count": 100},
     "metrics": [{"name": "fid"}],
+    "controls": [],
     "variants": [
         {"name": "plain"},
         {"name": "cached", "efficiency": [CACHE], "sampler": {"eta": 0.5, "steps": 20}},

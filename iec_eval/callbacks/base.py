@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -13,6 +14,9 @@ from iec_eval.denoising import Step
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler
 
+if TYPE_CHECKING:
+    from iec_eval.calibration import Bench
+
 
 class DenoisingCallback(Callback):
     """Sees every prediction before the sampler does, and may refine it.
@@ -20,11 +24,13 @@ class DenoisingCallback(Callback):
     It is a Lightning callback too, so it may also follow the run as a whole. Attributes:
 
         name: what studies call it.
+        version: raise it when :meth:`calibrate` would give other numbers than before.
         breaks_with_clipping: whether its mathematics assume a sampler that does not clip.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseOptions]] = BaseOptions
+    version: ClassVar[int] = 1
     breaks_with_clipping: ClassVar[bool] = False
 
     def __init__(self, options: BaseOptions) -> None:
@@ -40,6 +46,39 @@ class DenoisingCallback(Callback):
 
         Called once, before anything expensive.
         """
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`calibrate` must run before :meth:`refine`, with these options."""
+        return type(self).calibrate is not DenoisingCallback.calibrate
+
+    def calibrate(self, bench: Bench) -> dict[str, Tensor]:
+        """Measure what :meth:`refine` needs, on the network as it is deployed.
+
+        All efficiency methods are applied to the bench's network, and the callbacks before this
+        one take part in its trajectories. Returns named tensors, which are saved.
+        """
+        return {}
+
+    def use(self, artifact: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`calibrate` has measured; called before any image is made.
+
+        What a run would cost is counted without it: until then :meth:`refine` spends as many
+        evaluations as it will, and of its numbers nothing is read.
+        """
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it may make the steps' own evaluations; a run has room for one that does."""
+        return type(self).evaluate is not DenoisingCallback.evaluate
+
+    def evaluate(self, step: Step) -> Tensor | None:
+        """Make the step's own evaluation in another way than ``step.predict(step.sample)``.
+
+        Called where the sampler wants the network's prediction ``[B, C, H, W]`` at
+        ``step.sample``, before any callback refines it; None leaves it to the step.
+        """
+        return None
 
     @abstractmethod
     def refine(self, step: Step, prediction: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -111,6 +111,11 @@ class IECOptions(BaseOptions):
     refresh_cache: bool = Field(
         True, description="whether a full correction evaluation refreshes what a cache holds"
     )
+    correct: bool = Field(
+        True,
+        description="false: the corrections are made and refresh the cache, but the step is taken "
+        "with the plain prediction",
+    )
     allow_clipping: bool = Field(
         False, description="run on a sampler that clips, where the two forms of IEC differ"
     )
@@ -124,6 +129,15 @@ class IECOptions(BaseOptions):
         rest = {key: value for key, value in given.items() if key not in _SHORT_FORM}
         weights = _weights_from_short_form(given)
         return {**PRESETS.get(given.get("preset", "paper"), {}), **weights, **rest}
+
+    @model_validator(mode="after")
+    def _refuse_without_effect(self) -> Self:
+        if not self.correct and not self.refresh_cache:
+            raise ValueError(
+                "correct: false and refresh_cache: false leave nothing that the evaluations are "
+                "for; switch one of them on"
+            )
+        return self
 
 
 class IEC(DenoisingCallback):
@@ -151,12 +165,16 @@ class IEC(DenoisingCallback):
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
         if not self._corrects(step):
             return prediction
+        plain, draw = prediction, step.draw
         active = torch.ones(len(prediction), dtype=torch.bool, device=prediction.device)
         for weight in self.options.weights:
             prediction, active = self._correct(step, prediction, weight, active)
             if not active.any():
                 break
-        return prediction
+        if self.options.correct:
+            return prediction
+        step.draw = draw
+        return plain
 
     def on_correction(self, step: Step, correction: Correction) -> None:
         """Called after each correction; for analysis, does nothing here."""

@@ -73,6 +73,14 @@ def study_options(command: Command) -> Command:
     return click.argument("study")(command)
 
 
+def bound_option(name: str, default: int | None, text: str) -> Callable[[Command], Command]:
+    """An option that takes a number from 1."""
+    shown = default is not None
+    return click.option(
+        name, type=POSITIVE, default=default, show_default=shown, metavar="N", help=text
+    )
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 
 
@@ -233,6 +241,46 @@ def show(
 
 
 @cli.command()
+@study_options
+@click.option("--rows", multiple=True, metavar="NAME", help="Only this row; repeatable.")
+@click.option(
+    "--what",
+    default="spectral,growth,residuals,ablation",
+    show_default=True,
+    metavar="PART,...",
+    help="Which parts; residuals come with a recommendation.",
+)
+@bound_option("--images", 8, "Images for growth and residuals, denoised together.")
+@bound_option("--spectral-images", 2, "Images for spectral norms.")
+@bound_option("--steps", None, "Evenly spaced steps [default: 10 for norms, all for residuals].")
+@bound_option("--iterations", 200, "Of the search for a norm, at most.")
+@click.option("--lambdas", metavar="X,X,...", help="For ||grad G|| [default: 0.1,0.2,...,1].")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    metavar="SHARE",
+    help="What recommended corrections may add to a row's multiply-accumulates.",
+)
+def analyze(
+    study: str, overrides: tuple[str, ...], out: Path | None, what: str, **bounds: Any
+) -> None:
+    """Measure what correction does: norms, error growth, residuals; recommend steps and lambda.
+
+    On each row's network as it is deployed, and at full precision. Says first what it will take,
+    resumes, and writes JSON, CSV and plots under OUT/analysis.
+    """
+    from iec_eval import workflow
+    from iec_eval.analysis.question import Question, lambdas_listed, parts_named
+
+    lambdas = bounds.pop("lambdas")
+    if lambdas is not None:
+        bounds["lambdas"] = lambdas_listed(lambdas)
+    click.echo(workflow.analyze(study, overrides, out, Question(parts_named(what), **bounds)))
+
+
+@cli.command()
 @click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-f",
@@ -249,6 +297,36 @@ def table(out: tuple[Path, ...], style: str, as_json: bool) -> None:
     from iec_eval import workflow
 
     click.echo(workflow.table(out, "json" if as_json else style))
+
+
+@cli.command()
+@click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--row", "rows", multiple=True, metavar="NAME", help="Only this row; repeatable.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only this; repeatable.")
+@click.option(
+    "-f",
+    "--format",
+    "style",
+    default="md",
+    show_default=True,
+    type=click.Choice(["md", "json"]),
+    help="How to print it.",
+)
+@json_option
+def compare(
+    out: tuple[Path, ...],
+    rows: tuple[str, ...],
+    metrics: tuple[str, ...],
+    style: str,
+    as_json: bool,
+) -> None:
+    """Print rows of two or more run folders side by side, with differences from the first.
+
+    Refuses runs that were measured in different ways.
+    """
+    from iec_eval import workflow
+
+    click.echo(workflow.compare(out, "json" if as_json else style, rows, metrics))
 
 
 @cli.command()

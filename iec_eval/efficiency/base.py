@@ -27,6 +27,9 @@ class EfficiencyMethod(ABC):
     of that network may declare ``bits_per_mac``, the product of its operands' bits, and
     ``stored_bytes``, what its tensors take at their bits; others count as they are, at 32 bits.
 
+    A method that caches has an option ``interval`` if every N-th step is full, at least on average;
+    it says no more than that. Equal-cost rivals of a corrected row are given a smaller one.
+
     Attributes:
         name: what studies call it.
         version: raise it when the same options would give other numbers than before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from iec_eval.errors import complaints
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.features import FeatureNetwork, feature_network
 from iec_eval.options import BaseOptions
 
@@ -37,6 +39,10 @@ class Metric(torchmetrics.Metric):
     States are declared with the reductions "sum" or "cat", so that the metrics of two halves
     merge into that of the whole. Whoever lists things per image keeps their indices too and sorts
     by them. Construction reads configuration only; files are opened by :meth:`prepare`.
+
+    Every number gets a confidence interval: from the influence values that :meth:`estimates` may
+    give, else by computing it without one group of images after the other. A number whose name has
+    the word ``std`` measures noise itself and gets none.
 
     Attributes:
         name: what studies call it.
@@ -90,6 +96,15 @@ class Metric(torchmetrics.Metric):
     def compute(self) -> dict[str, float]:
         """The numbers, by the name they have in tables."""
 
+    def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
+        """The numbers with their influence values, and numbers that take a second look.
+
+        Called after the last :meth:`update`. ``again`` goes over what the updates got, batch by
+        batch, whenever it is iterated, so nothing of the size of all images need be kept. By
+        default what :meth:`compute` gives, without influence values.
+        """
+        return {name: Estimate(value) for name, value in self.compute().items()}
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -103,6 +118,9 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, rows: slice | Tensor) -> Pairs:
+        return Pairs(self.images[rows], self.reference[rows])
 
 
 class PairedMetric(Metric):
@@ -163,6 +181,11 @@ class PerImageMetric(Metric):
 
     def compute(self) -> dict[str, float]:
         return {self.result_name: float(self.per_image().mean())}
+
+    def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
+        values = self.per_image()
+        mean = Estimate(float(values.mean()), values - values.mean())
+        return {**super().estimates(again), self.result_name: mean}
 
 
 class FeatureOptions(BaseOptions):

@@ -45,6 +45,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.features)
 
+    def __getitem__(self, rows: slice | Tensor) -> Features:
+        return Features(self.features[rows], self.logits[rows])
+
 
 class FeatureNetwork(ABC):
     """Images to features. Making one is cheap; weights are read by :meth:`load`.

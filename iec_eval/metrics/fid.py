@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from iec_eval.errors import ConfigError, Incompatible
+from iec_eval.intervals import Estimate
+from iec_eval.metrics import extrapolation
 from iec_eval.metrics.base import FeatureOptions
 from iec_eval.metrics.features import Features
+from iec_eval.metrics.frechet import FrechetDistance
 from iec_eval.metrics.referenced import ReferenceMetric
 from iec_eval.metrics.statistics import ReferenceStatistics, check_protocols
 
@@ -29,6 +34,11 @@ class FIDOptions(FeatureOptions):
         False,
         description="score against a reference of another protocol, under a name that says so",
     )
+    extrapolate: bool = Field(
+        True,
+        description="also estimate FID of infinitely many images (fid-infinity), where there are "
+        "at least 6 images per feature dimension",
+    )
 
 
 class FID(ReferenceMetric):
@@ -37,7 +47,8 @@ class FID(ReferenceMetric):
     The result is called ``fid`` for InceptionV3 and ``fid-<tag>`` for any other network. Against
     a reference of another protocol, which only ``allow_other_protocol`` scores at all, the name
     goes on with whose it is: ``fid-vs-pytorch-fid``. States are the float64 sums of torchmetrics'
-    own metric, which computes the distance.
+    own metric, which computes the distance. ``fid-infinity`` is named alike; being unbiased, or
+    nearly so, it may be a little below zero.
     """
 
     name = "fid"
@@ -51,6 +62,7 @@ class FID(ReferenceMetric):
         super().__init__(options, options.reference)
         self._allow_biased = options.allow_biased
         self._allow_other = options.allow_other_protocol
+        self._extrapolate = options.extrapolate
         size = self.network.dimensions
         self.add_state("features_sum", torch.zeros(size, dtype=torch.float64), "sum")
         self.add_state("features_cov_sum", torch.zeros(size, size, dtype=torch.float64), "sum")
@@ -71,7 +83,13 @@ class FID(ReferenceMetric):
         }
         if self._is_other:
             reference["protocol"] = self.reference.protocol
-        return {**super().protocol(), "reference": reference, "accumulation": "float64"}
+        rule = {"parts": list(extrapolation.CUTS), "least_images": self._least_images}
+        return {
+            **super().protocol(),
+            "reference": reference,
+            "accumulation": "float64",
+            "extrapolation": rule if self._extrapolate else None,
+        }
 
     def update(self, features: Features, indices: Tensor) -> None:
         vectors = features.features.double()
@@ -82,9 +100,35 @@ class FID(ReferenceMetric):
     def compute(self) -> dict[str, float]:
         count = int(self.features_num_samples)
         value = distance_to(self.reference, self.features_sum, self.features_cov_sum, count)
+        return {self._result("fid"): value}
+
+    def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
+        """FID with influence values, and FID of infinitely many images if there are enough.
+
+        Two passes over the features and two symmetric eigendecompositions ``[D, D]``, one of them
+        the reference's; to extrapolate, four passes and five decompositions more.
+        """
+        found, name = super().estimates(again), self._result("fid")
+        listed = torch.cat([indices for _, indices in again]).sort().values
+        count, distance = len(listed), FrechetDistance(self.reference)
+        mean = self.features_sum / count
+        scatter = self.features_cov_sum - count * torch.outer(mean, mean)
+        tangent = distance.at(mean, scatter / (count - 1), count)
+        together = torch.zeros_like(listed)
+        influence = extrapolation.influence_of_all([tangent], again, listed, together)
+        found[name] = replace(found[name], influence=influence)
+        if self._extrapolate and count >= self._least_images:
+            infinite = extrapolation.extrapolate(distance, found[name], again, listed)
+            found[self._result("fid-infinity")] = infinite
+        return found
+
+    def _result(self, name: str) -> str:
         whose = self.reference.source.get("format", "other-protocol")
-        name = self.result(self.name) + (f"-vs-{whose}" if self._is_other else "")
-        return {name: value}
+        return self.result(name) + (f"-vs-{whose}" if self._is_other else "")
+
+    @property
+    def _least_images(self) -> int:
+        return extrapolation.needed(self.network.dimensions)
 
     @property
     def _is_other(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +17,7 @@ from torchmetrics.image import inception
 from torchmetrics.utilities import dim_zero_cat
 
 from iec_eval.errors import ConfigError
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.base import FeatureMetric, FeatureOptions
 from iec_eval.metrics.features import Features
 
@@ -63,14 +66,29 @@ class InceptionScore(FeatureMetric):
         self.indices.append(indices)
 
     def compute(self) -> dict[str, float]:
-        logits, indices = dim_zero_cat(self.logits), dim_zero_cat(self.indices)
-        shuffle = shuffled(indices.tolist(), self._seed)
+        logits, shuffle = self._shuffled()
         parts = split_evenly(logits[shuffle].double(), self._splits)
         scores = torch.tensor([inception_score(part) for part in parts], dtype=torch.float64)
         return {
             self.result("is"): float(scores.mean()),
             self.result("is-std"): float(scores.std(correction=0)),
         }
+
+    def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
+        logits, shuffle = self._shuffled()
+        parts = split_evenly(logits[shuffle].double(), self._splits)
+        influence = torch.empty(len(logits), dtype=torch.float64)
+        shares = [len(logits) / (self._splits * len(part)) for part in parts]
+        influence[shuffle] = torch.cat(
+            [share * score_influence(part) for share, part in zip(shares, parts, strict=True)]
+        )
+        found, name = super().estimates(again), self.result("is")
+        return {**found, name: replace(found[name], influence=influence)}
+
+    def _shuffled(self) -> tuple[Tensor, list[int]]:
+        """The logits in the order of their indices, and the order in which they are split."""
+        indices, order = torch.sort(dim_zero_cat(self.indices))
+        return dim_zero_cat(self.logits)[order], shuffled(indices.tolist(), self._seed)
 
 
 def inception_score(logits: Tensor) -> float:
@@ -82,6 +100,19 @@ def inception_score(logits: Tensor) -> float:
         metric.update(logits)
         mean, _ = inception.InceptionScore.compute(metric)
     return float(mean)
+
+
+def score_influence(logits: Tensor) -> Tensor:
+    """Influence ``[N]`` of each image on the Inception Score of ``logits [N, K]`` as one split.
+
+    log IS = mean_i KL(p_i || p) has the derivative KL(p_i || p) - log IS with respect to the
+    weight of image i: what p changes by adds nothing, as it is at its best for the mean.
+    """
+    log_p = logits.log_softmax(dim=1)
+    log_mean = log_p.logsumexp(dim=0) - math.log(len(logits))
+    divergence = (log_p.exp() * (log_p - log_mean)).sum(dim=1)
+    log_score = divergence.mean()
+    return log_score.exp() * (divergence - log_score)
 
 
 def split_evenly(rows: Tensor, parts: int) -> list[Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.feature_sets import FeatureSetMetric, FeatureSetOptions
 
 
@@ -49,16 +53,52 @@ class KID(FeatureSetMetric):
         return {**super().protocol(), "subsets": subsets, "kernel": "(x.y / D + 1)^3"}
 
     def compute(self) -> dict[str, float]:
-        fake, _ = self.images_features()
-        real = self.reference_features()
-        # numpy promises this generator's draws never change; torch-fidelity draws the same ones
-        random = np.random.RandomState(self._seed)
-        distances = torch.empty(self._subsets, dtype=torch.float64)
-        for position in range(self._subsets):
-            some_fake = random.choice(len(fake), self._subset_size, replace=False)
-            some_real = random.choice(len(real), self._subset_size, replace=False)
-            distances[position] = poly_mmd(real[some_real].double(), fake[some_fake].double())
+        fake, real = self.images_features()[0], self.reference_features()
+        distances = torch.tensor(
+            [
+                float(poly_mmd(real[some_real].double(), fake[some_fake].double()))
+                for some_fake, some_real in self._draws(len(fake), len(real))
+            ],
+            dtype=torch.float64,
+        )
         return {
             self.result("kid"): float(distances.mean()),
             self.result("kid-std"): float(distances.std(correction=0)),
         }
+
+    def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
+        fake, real = self.images_features()[0], self.reference_features()
+        influence = torch.zeros(len(fake), dtype=torch.float64)
+        for some_fake, some_real in self._draws(len(fake), len(real)):
+            influence[some_fake] += mmd_influence(
+                fake[some_fake].double(), real[some_real].double()
+            )
+        influence *= len(fake) / (self._subset_size * self._subsets)
+        found, name = super().estimates(again), self.result("kid")
+        return {**found, name: replace(found[name], influence=influence)}
+
+    def _draws(self, fake: int, real: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of subsets of so many images and so many reference images."""
+        # numpy promises this generator's draws never change; torch-fidelity draws the same ones
+        random = np.random.RandomState(self._seed)
+        for _ in range(self._subsets):
+            drawn = [
+                random.choice(count, self._subset_size, replace=False) for count in (fake, real)
+            ]
+            yield torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
+
+
+def mmd_influence(fake: Tensor, real: Tensor) -> Tensor:
+    """Influence ``[N]`` of each of ``fake [N, D]`` on the squared discrepancy to ``real [M, D]``.
+
+    The derivative of the U-statistic with respect to the weights, times N: twice the mean kernel of
+    an image with the other images, less twice that with the reference, centred.
+    """
+    within = _kernel(fake, fake)
+    others = (within.sum(dim=1) - within.diagonal()) / (len(fake) - 1)
+    slope = 2 * (others - _kernel(fake, real).mean(dim=1))
+    return slope - slope.mean()
+
+
+def _kernel(one: Tensor, other: Tensor) -> Tensor:
+    return (one @ other.T / one.shape[1] + 1) ** 3

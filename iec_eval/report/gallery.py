@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,8 @@ PAPER = (255, 255, 255)
 INK = (20, 20, 20)
 
 GalleryRow = tuple[str, Tensor]
+AMPLIFICATIONS = (1, 2, 4, 8, 16, 32)
+SHARE_IN_RANGE = 0.95  # of amplified differences; the rest is clipped
 
 
 def gallery(
@@ -49,6 +51,46 @@ def gallery(
         for column, image in enumerate(images[:shown]):
             sheet.paste(_enlarged(image, cell), cell_corner(index, column, cell))
     return sheet
+
+
+def differences(
+    rows: Sequence[GalleryRow], reference: str, *, left_out: Collection[str] = ()
+) -> tuple[list[GalleryRow], int]:
+    """Each row's pixels minus those of the row ``reference``, around mid-grey.
+
+    Returns pictures as :func:`gallery` takes them, 128 + factor * difference clipped to 0..255, and
+    that factor: one for all rows, the largest that leaves most differences unclipped. Rows in
+    ``left_out``, with other sizes or no counterpart, have no difference; nor has any if the
+    reference is left out or not there.
+    """
+    base = dict(rows).get(reference)
+    if base is None or reference in left_out:
+        return [], 1
+    compared = [
+        (name, images)
+        for name, images in rows
+        if name != reference and name not in left_out and images.shape[1:] == base.shape[1:]
+    ]
+    factor = _amplification(_apart(images, base) for _, images in compared)
+    shown = [
+        (name, (128 + factor * _apart(images, base)).clamp(0, 255).byte())
+        for name, images in compared
+    ]
+    return shown, factor
+
+
+def _apart(images: Tensor, base: Tensor) -> Tensor:
+    return images[: len(base)].short() - base[: len(images)].short()
+
+
+def _amplification(apart: Iterable[Tensor]) -> int:
+    # counted, not sorted: large images have many millions of pixels
+    counts = torch.zeros(256, dtype=torch.int64)
+    for difference in apart:
+        counts += torch.bincount(difference.abs().flatten().int(), minlength=256)
+    within = counts.cumsum(0)
+    common = int((within < SHARE_IN_RANGE * within[-1]).sum())
+    return max(factor for factor in AMPLIFICATIONS if factor == 1 or factor * common <= 127)
 
 
 def cell_corner(row: int, column: int, cell: tuple[int, int]) -> tuple[int, int]:

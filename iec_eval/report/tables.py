@@ -11,20 +11,31 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from iec_eval.errors import ConfigError
+from iec_eval.report.judgements import (
+    AGAINST,
+    Against,
+    Judged,
+    difference,
+    has_verdicts,
+    held_against,
+    judged,
+)
 from iec_eval.report.wording import (
     NOTHING,
     arrow,
     decimals,
     higher_is_better,
-    interval,
     is_fid,
     metric_names,
+    quality_metric,
     quantity,
     reading_note,
     significant,
     times,
+    with_interval,
 )
 from iec_eval.results import Cost, Measurement, Results, Variant, require_one_protocol
 
@@ -83,9 +94,9 @@ def table(results: Sequence[Results], form: str, directions: Directions | None =
     if form == "latex":
         return _latex(grid(results, directions))
     if form == "csv":
-        return _csv(records(results))
+        return _csv(records(results, directions))
     if form == "json":
-        return json.dumps(records(results), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(records(results, directions), indent=2, ensure_ascii=False) + "\n"
     raise ConfigError(f"table format {form!r}: wanted one of md, csv, json, latex")
 
 
@@ -96,12 +107,14 @@ def grid(results: Sequence[Results], directions: Directions | None = None) -> Gr
         *([_Column("study", lambda row: row.results.study)] if len(results) > 1 else []),
         _Column("variant", lambda row: variant_label(row.variant)),
         *(_metric_column(name, rows, directions) for name in metric_names(results)),
+        *_verdict_columns(rows, directions),
         *_cost_columns(rows),
         *([_Column("paper", _paper)] if any(map(_has_remarks, rows)) else []),
     ]
     cells = [[column.cell(row) for column in columns] for row in rows]
     headers = [column.header for column in columns]
-    return Grid(headers, cells, rows, reading_note(results), _notes(rows))
+    notes = [*_change_note(rows), *remarks(results), *_held_notes(results, directions)]
+    return Grid(headers, cells, rows, reading_note(results), notes)
 
 
 def variant_label(variant: Variant) -> str:
@@ -143,11 +156,35 @@ def _values(name: str, rows: Sequence[Row]) -> list[float]:
 def _measured(found: Measurement | None, digits: int) -> str:
     if found is None or found.value is None:
         return NOTHING
-    text = f"{found.value:.{digits}f}{interval(found.ci95, digits)}"
+    text = with_interval(found.value, found.ci95, digits)
     if found.delta is None:
         return text
-    change = f"{found.delta.value:+.{digits}f}{interval(found.delta.ci95, digits, '+')}"
-    return f"{text} ({change})"
+    return f"{text} ({with_interval(found.delta.value, found.delta.ci95, digits, '+')})"
+
+
+def _verdict_columns(rows: Sequence[Row], directions: Directions | None) -> list[_Column]:
+    if not has_verdicts([row.variant for row in rows]):
+        return []
+    return [
+        _Column(header, partial(_verdict, against=against, directions=directions))
+        for against, header in AGAINST.items()
+    ]
+
+
+def _verdict(row: Row, against: Against, directions: Directions | None) -> str:
+    found = judged(row.variant, against, row.results, directions)
+    if found.comparison is None:
+        return found.word or NOTHING
+    digits = decimals(_values(found.comparison.metric, [row]))
+    return f"{found.word} ({difference(found.comparison, digits)})"
+
+
+def _held_notes(results: Sequence[Results], directions: Directions | None) -> list[str]:
+    """Which row each verdict is against: the cells have no room for it."""
+    pairs = {
+        header: held_against(results, against, directions) for against, header in AGAINST.items()
+    }
+    return [f"{header}: {found}." for header, found in pairs.items() if found]
 
 
 def _cost_column(header: str, show: Callable[[Cost], str]) -> _Column:
@@ -200,18 +237,31 @@ def _paper(row: Row) -> str:
     return f"{text or NOTHING} (doubtful)"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    notes = []
+def _change_note(rows: Sequence[Row]) -> list[str]:
     bases = _bases(rows)
-    if bases:
-        notes.append(f"In parentheses after a metric: its change against another row ({bases}).")
+    if not bases:
+        return []
+    return [f"In parentheses after a metric: its change against another row ({bases})."]
+
+
+def remarks(results: Sequence[Results]) -> list[str]:
+    """What must be known to read the rows: costs, simulated arithmetic, doubts, verdicts."""
+    rows = [Row(document, variant) for document in results for variant in document.variants]
+    notes = []
     if any(row.variant.callbacks for row in rows):
         notes.append("Callbacks cost extra evaluations: compare rows at equal relative MACs.")
     if any(row.variant.simulated for row in rows):
         notes.append(
             "(simulated): the saved arithmetic is still done, so seconds do not show the saving."
         )
-    return notes + _doubts(rows)
+    notes += _doubts(rows)
+    if any(row.variant.comparisons for row in rows):
+        metrics = dict.fromkeys(filter(None, map(quality_metric, results)))
+        notes.append(
+            f"Verdicts are on {' and '.join(metrics)}: a row is not distinguishable from another "
+            "where the 95 % interval of their difference holds 0."
+        )
+    return notes
 
 
 def _doubts(rows: Sequence[Row]) -> list[str]:
@@ -242,13 +292,19 @@ def ending(variant: Variant) -> str:
 
 
 def _markdown(grid: Grid) -> str:
-    lines = [[_markdown_text(cell) for cell in line] for line in (grid.headers, *grid.cells)]
+    words = sum(header in _NAMES for header in grid.headers)
+    body = markdown_table([grid.headers, *grid.cells], words=words)
+    return "\n\n".join([body, *map(markdown_text, grid.footnotes())]) + "\n"
+
+
+def markdown_table(lines: Sequence[Sequence[str]], *, words: int) -> str:
+    """Cells, the first line as head, as aligned Markdown; ``words`` columns hold no numbers."""
+    escaped = [[markdown_text(cell) for cell in line] for line in lines]
     columns = [
-        _padded(column, left=header in _NAMES)
-        for header, column in zip(grid.headers, zip(*lines, strict=True), strict=True)
+        _padded(column, left=place < words)
+        for place, column in enumerate(zip(*escaped, strict=True))
     ]
-    body = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
-    return "\n\n".join(["\n".join(body), *map(_markdown_text, grid.footnotes())]) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def _padded(column: Sequence[str], *, left: bool) -> list[str]:
@@ -258,7 +314,8 @@ def _padded(column: Sequence[str], *, left: bool) -> list[str]:
     return [cells[0], rule, *cells[1:]]
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text on one line, with what Markdown reads as marks escaped."""
     # a "<" begins a tag only before these; "N<1000" stays as it is
     return re.sub(r"([\\|*`]|<(?=[A-Za-z/!?]))", r"\\\1", " ".join(text.split()))
 
@@ -300,18 +357,20 @@ _LATEX = str.maketrans(
 )
 
 
-def records(results: Sequence[Results]) -> list[Record]:
+def records(results: Sequence[Results], directions: Directions | None = None) -> list[Record]:
     """One flat record per row with every number unrounded; all have the same keys."""
     names = metric_names(results)
     rows = [Row(document, variant) for document in results for variant in document.variants]
     papers = list(dict.fromkeys(name for row in rows for name in row.variant.paper or {}))
-    found = [_record(row, names, papers) for row in rows]
+    found = [_record(row, names, papers, directions) for row in rows]
     if not any(row.variant.doubt for row in rows):
         return found
     return [{**one, "doubt": row.variant.doubt} for one, row in zip(found, rows, strict=True)]
 
 
-def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
+def _record(
+    row: Row, names: Sequence[str], papers: Sequence[str], directions: Directions | None
+) -> Record:
     variant = row.variant
     cost = Cost() if variant.status == "failed" else variant.cost
     record: Record = {
@@ -326,6 +385,8 @@ def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
     }
     for name in names:
         record |= _metric_record(name, _measurement(row, name) or Measurement(value=None))
+    for against in AGAINST:
+        record |= _verdict_record(against, judged(variant, against, row.results, directions))
     reported = variant.paper or {}
     return record | cost.model_dump() | {f"paper_{name}": reported.get(name) for name in papers}
 
@@ -342,6 +403,20 @@ def _metric_record(name: str, found: Measurement) -> Record:
         f"{name}_delta_versus": delta.versus if delta else None,
         f"{name}_delta_ci95_low": delta_low,
         f"{name}_delta_ci95_high": delta_high,
+    }
+
+
+def _verdict_record(against: Against, found: Judged) -> Record:
+    one = found.comparison
+    low, high = (one.ci95 if one else None) or (None, None)
+    key = f"versus_{against.replace('-', '_')}"
+    return {
+        key: one.versus if one else None,
+        f"{key}_metric": one.metric if one else None,
+        f"{key}_difference": one.value if one else None,
+        f"{key}_ci95_low": low,
+        f"{key}_ci95_high": high,
+        f"{key}_verdict": found.word or None,
     }
 
 

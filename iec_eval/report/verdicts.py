@@ -1,51 +1,61 @@
-"""Whether a row with a callback is worth its cost: compared with rows that cost no more."""
+"""Whether a row is worth its cost: its comparisons, put into sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
+    interval,
     quality_metric,
     quantity,
     times,
 )
-from iec_eval.results import Results, Variant
+from iec_eval.results import Comparison, Results, Variant
+from iec_eval.study import Relation
 
-_SAME_COST = 1.02  # costs this close are equal
-_FAR_BELOW = 0.9  # a rival cheaper than this share is no equal-cost rival
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A finished row: its quality (larger is better), its cost, and both in words."""
-
-    shown: str
-    cost: str
-    corrected: bool
-    quality: float
-    macs: float
+# What a row is compared with, in the order of the sentence; of several the strongest.
+_ROLES: dict[Relation, str] = {
+    "base": "its base",
+    "equal-cost": "its strongest equal-cost rival",
+    "zero-cost": "the best callback without extra evaluations",
+    "half": "the best half of the callback",
+    "stacking": "its parts stacked",
+}
+_ON_TRIAL = ("equal-cost", "zero-cost", "half")  # rows that are these to others get no verdict
 
 
 def verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> list[str]:
-    """One sentence for each finished row with callbacks; none where "better" is undefined.
+    """One sentence for each finished row that is on trial; none where "better" is undefined.
 
-    The question is whether the same multiply-accumulates are better spent without the callback.
+    See :func:`row_verdicts`.
+    """
+    return list(row_verdicts(results, directions).values())
+
+
+def row_verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> dict[str, str]:
+    """A sentence by row: what the intervals say of it, in the metric that stands for quality.
+
+    On trial are rows with callbacks, but for controls that judge others, and rows that stacked
+    parts are compared with. Each is compared with its base and with the strongest rival of every
+    kind; if it has no equal-cost rival, the sentence says so.
     """
     metric = quality_metric(results)
     upward = higher_is_better(metric, directions) if metric else None
     if metric is None or upward is None:
-        return []
-    found = [(row, value) for row in results.variants if (value := _value(row, metric)) is not None]
-    digits = decimals(value for _, value in found)
-    entries = [
-        _entry(row, f"{metric} {value:.{digits}f}", value if upward else -value)
-        for row, value in found
-        if row.cost.macs_per_image
-    ]
-    return [_verdict(entry, entries) for entry in entries if entry.corrected]
+        return {}
+    rows = {row.name: row for row in results.variants if _value(row, metric) is not None}
+    digits = decimals(_value(row, metric) or 0.0 for row in rows.values())
+    clerk = _Clerk(rows, metric, upward, digits)
+    return {name: clerk.sentence(row) for name, row in rows.items() if _on_trial(row, metric)}
+
+
+def _on_trial(row: Variant, metric: str) -> bool:
+    if any(relation in _ON_TRIAL for relation in row.judges.values()):
+        return False
+    stacked = any(one.relation == "stacking" for one in _of(row.comparisons, metric))
+    return bool(row.callbacks) or stacked
 
 
 def _value(row: Variant, metric: str) -> float | None:
@@ -53,23 +63,49 @@ def _value(row: Variant, metric: str) -> float | None:
     return found.value if found and row.status == "done" else None
 
 
-def _entry(row: Variant, measured: str, quality: float) -> _Entry:
-    share = row.cost.relative_macs
-    cost = f"{quantity(row.cost.macs_per_image) if share is None else times(share)} MACs"
-    shown = f"{row.name} ({measured} at {cost})"
-    return _Entry(shown, cost, bool(row.callbacks), quality, row.cost.macs_per_image or 0.0)
+def _of(comparisons: Sequence[Comparison], metric: str) -> list[Comparison]:
+    return [one for one in comparisons if one.metric == metric]
 
 
-def _verdict(entry: _Entry, entries: Sequence[_Entry]) -> str:
-    limit = entry.macs * _SAME_COST
-    rivals = [other for other in entries if not other.corrected and other.macs <= limit]
-    if not rivals:
-        return f"{entry.shown}: untested, no row without callbacks costs as little."
-    best = max(rivals, key=lambda rival: rival.quality)
-    if best.quality >= entry.quality:
-        return f"{entry.shown}: no better than {best.shown}, which costs no more."
-    nearest = max(rivals, key=lambda rival: rival.macs)
-    verdict = f"{entry.shown}: better than every row without callbacks that costs no more"
-    if nearest.macs < _FAR_BELOW * entry.macs:
-        return f"{verdict}, but those cost {nearest.cost} at most: no rival of equal cost."
-    return f"{verdict}; the nearest is {nearest.shown}."
+class _Clerk:
+    """Words the comparisons of finished rows in one metric."""
+
+    def __init__(self, rows: Mapping[str, Variant], metric: str, upward: bool, digits: int) -> None:
+        self._rows, self._metric, self._upward, self._digits = rows, metric, upward, digits
+
+    def sentence(self, row: Variant) -> str:
+        """The row's whole verdict."""
+        found = _of(row.comparisons, self._metric)
+        clauses = [self._clause(one, _ROLES[one.relation]) for one in self._strongest(found)]
+        if row.callbacks and not any(one.relation == "equal-cost" for one in found):
+            clauses.append("no equal-cost rival was run (controls off, or none finished)")
+        return f"{self._shown(row)}: {'; '.join(clauses)}."
+
+    def _strongest(self, found: Sequence[Comparison]) -> list[Comparison]:
+        """Of each kind the comparison with the best row, which is this row's least gain."""
+        kinds = [[one for one in found if one.relation == relation] for relation in _ROLES]
+        return [min(kind, key=self._gain) for kind in kinds if kind]
+
+    def _gain(self, one: Comparison) -> float:
+        return one.value if self._upward else -one.value
+
+    def _clause(self, one: Comparison, role: str) -> str:
+        other = self._rows.get(one.versus)
+        against = f"{role} {self._shown(other) if other else one.versus}"
+        difference = f"{one.value:+.{self._digits}f}{interval(one.ci95, self._digits, '+')}"
+        if one.judgement in ("better", "worse"):
+            return f"{one.judgement} than {against} by {self._size(one)}"
+        known = "not distinguishable from" if one.judgement else "without an interval, against"
+        return f"{known} {against} ({difference})"
+
+    def _size(self, one: Comparison) -> str:
+        """The difference without its sign, and the interval turned the same way."""
+        sign, bounds = (-1 if one.value < 0 else 1), one.ci95
+        turned = None if bounds is None else (sign * bounds[0], sign * bounds[1])
+        ordered = None if turned is None else (min(turned), max(turned))
+        return f"{abs(one.value):.{self._digits}f}{interval(ordered, self._digits)}"
+
+    def _shown(self, row: Variant) -> str:
+        share, value = row.cost.relative_macs, _value(row, self._metric) or 0.0
+        cost = quantity(row.cost.macs_per_image) if share is None else times(share)
+        return f"{row.name} ({self._metric} {value:.{self._digits}f} at {cost} MACs)"

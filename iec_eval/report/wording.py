@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from iec_eval.results import Interval, Results
+from iec_eval.intervals import Interval, is_spread
+from iec_eval.results import Results
 
 NOTHING = "-"
+INFINITE = "fid-infinity"  # FID extrapolated to infinitely many images
 ENOUGH_IMAGES = 50_000  # what the literature computes FID with
 _FAMILIES = {
     "fid": False,
@@ -30,8 +32,9 @@ def higher_is_better(metric: str, directions: Mapping[str, bool] | None = None) 
     """
     if directions and metric in directions:
         return directions[metric]
-    words = re.split(r"[^a-z0-9]+", metric.lower())
-    return None if "std" in words else _FAMILIES.get(words[0])
+    if is_spread(metric):
+        return None
+    return _FAMILIES.get(re.split(r"[^a-z0-9]+", metric.lower())[0])
 
 
 def arrow(better_up: bool | None) -> str:
@@ -60,6 +63,22 @@ def decimals(values: Iterable[float]) -> int:
     """Digits after the point that give the largest value four significant ones."""
     largest = max((abs(value) for value in values), default=0.0)
     return 2 if largest == 0 else min(max(3 - math.floor(math.log10(largest)), 0), 8)
+
+
+def interval_digits(bounds: Interval | None, otherwise: int) -> int:
+    """Digits after the point that give half an interval's width two significant ones.
+
+    A value has no more digits to show than its interval leaves standing; ``otherwise`` is for
+    values without an interval, or with one of no width.
+    """
+    width = 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2
+    return otherwise if width <= 0 else min(max(1 - math.floor(math.log10(width)), 0), 8)
+
+
+def with_interval(value: float, bounds: Interval | None, otherwise: int, sign: str = "") -> str:
+    """A value and its interval in as many digits as the interval supports."""
+    digits = interval_digits(bounds, otherwise)
+    return f"{value:{sign}.{digits}f}{interval(bounds, digits, sign)}"
 
 
 def interval(bounds: Interval | None, digits: int, sign: str = "") -> str:
@@ -92,19 +111,30 @@ def times(value: float | None) -> str:
 
 
 def reading_note(results: Iterable[Results]) -> str:
-    """How many images, what that does to FID, and whether anything bounds the noise."""
+    """How many images, what that does to FID, and what bounds the noise."""
     documents = list(results)
     counts = sorted({document.images for document in documents})
     note = f"{' or '.join(f'{count:,}' for count in counts)} images per row."
     if len(counts) > 1:
         note += " FID falls as images are added: compare only rows with the same number."
-    if any(map(is_fid, metric_names(documents))) and counts and counts[0] < ENOUGH_IMAGES:
-        note += f" FID is biased upward below {ENOUGH_IMAGES:,} images"
-        note += ", and small differences are noise."
-    return note + (" No confidence intervals yet." if _lacks_intervals(documents) else "")
+    names = metric_names(documents)
+    if any(map(is_fid, names)) and counts and counts[0] < ENOUGH_IMAGES:
+        note += f" FID is biased upward below {ENOUGH_IMAGES:,} images{_infinite(names)}."
+    return note + _interval_note(documents)
 
 
-def _lacks_intervals(documents: Iterable[Results]) -> bool:
-    rows = (row for document in documents for row in document.variants if row.status != "failed")
-    measured = (found for row in rows for found in row.metrics.values())
-    return any(found.value is not None and found.ci95 is None for found in measured)
+def _infinite(names: Iterable[str]) -> str:
+    extrapolated = next((name for name in names if name.startswith(INFINITE)), None)
+    return f" ({extrapolated} is it without that bias)" if extrapolated else ""
+
+
+def _interval_note(documents: Iterable[Results]) -> str:
+    """What stands in brackets, and which metrics have nothing there."""
+    rows = [row for document in documents for row in document.variants if row.status == "done"]
+    measured = [(name, one) for row in rows for name, one in row.metrics.items()]
+    found = [(name, one.ci95) for name, one in measured if one.value is not None]
+    lacking = {name: None for name, ci95 in found if ci95 is None and not is_spread(name)}
+    if not any(ci95 for _, ci95 in found):
+        return " No confidence intervals." if lacking else ""
+    without = f" (none for {', '.join(lacking)})" if lacking else ""
+    return f" In brackets: 95 % confidence intervals{without}, of noise and not of bias."

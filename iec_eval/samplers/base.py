@@ -47,6 +47,8 @@ class Sampler(ABC):
         clips: whether its options make it clip the predicted image.
         uncorrectable: why refining its predictions makes no sense; empty: it does.
         timesteps: what the network is told at each step, noisiest first.
+        levels: abar of the sample before each step and after the last, where the options make it
+            follow the deterministic path of the forward process; empty: it does not, or says not.
     """
 
     name: ClassVar[str]
@@ -55,6 +57,7 @@ class Sampler(ABC):
     clips: bool = False
     uncorrectable: str = ""
     timesteps: Sequence[float]
+    levels: Sequence[float] = ()
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
         self.options, self.schedule = options, schedule
@@ -72,8 +75,9 @@ class Sampler(ABC):
 
         One evaluation of the network at the state's sample. A method that needs more for one
         prediction overrides this, and may leave in the state's memory what it found on the way.
+        The evaluation at the sample is ``step.evaluate()``, others are ``step.predict(...)``.
         """
-        return state, step.predict(state.sample)
+        return state, step.evaluate()
 
     @abstractmethod
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:

@@ -49,6 +49,7 @@ class DDIM(Sampler):
         self._eta = options.eta
         last = 0 if options.spacing == "ldm" else -1
         self._abar = [schedule.abar(t) for t in (*self.timesteps, last)]
+        self.levels = () if options.eta else tuple(self._abar)
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         now, then = self._abar[index], self._abar[index + 1]

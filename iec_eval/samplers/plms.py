@@ -50,9 +50,10 @@ class PLMS(Sampler):
         super().__init__(options, schedule)
         self.timesteps = ldm_timesteps(options.steps, len(schedule))
         self._abar = [schedule.abar(t) for t in (*self.timesteps, 0)]
+        self.levels = tuple(self._abar)
 
     def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:
-        first = step.predict(state.sample)
+        first = step.evaluate()
         if step.index > 0:
             return state, first
         second = step.predict(

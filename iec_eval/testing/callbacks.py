@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iec_eval.calibration import Bench
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
+from iec_eval.efficiency.base import Artifact
 from iec_eval.models.base import DiffusionModel
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler
 from iec_eval.samplers.ddim import DDIM
 from iec_eval.schedule import NoiseSchedule
 from iec_eval.testing.checks import (
+    SEED,
     STEPS,
     Options,
     build,
@@ -26,10 +29,14 @@ from iec_eval.testing.checks import (
     ensure_same,
     prefix,
     run_checks,
+    same,
+    saved_and_loaded,
 )
 from iec_eval.testing.efficiency import ToyCacher
 from iec_eval.testing.tiny import TinyModel
 from iec_eval.testing.trajectories import Run, ensure_batch_free, ensure_latents, ensure_repeats
+
+CALIBRATED = 4  # images that a callback calibrates on
 
 
 def check_callback(
@@ -44,16 +51,20 @@ def check_callback(
 ) -> None:
     """Check that a callback is a function of the image alone, on every built-in sampler.
 
-    Properties: ``declaration``, ``finite``, ``neutral`` (with the options ``neutral``, bit-equal
-    to no callback), ``inputs`` (changes nothing it was given), ``second trajectory``, ``batch``,
-    ``cached network`` (works when every other step is cached). ``samplers`` replaces the built-in
-    ones.
+    Properties: ``declaration``, ``calibration`` (repeats bit-equal), ``artifact`` (after saving
+    and loading bit-equal), ``expected evaluations`` (as many before it is calibrated as after),
+    ``finite``, ``neutral`` (with the options ``neutral``, bit-equal to no callback), ``inputs``
+    (changes nothing it was given), ``second trajectory``, ``batch``, ``cached network`` (works
+    when every other step is cached). ``samplers`` replaces the built-in ones.
     """
     chosen = model or TinyModel()
     runs = _builtin_samplers(chosen.schedule) if samplers is None else samplers
     case = _CallbackCase(cls, options or {}, neutral, chosen, runs, tolerance)
     checks: dict[str, Callable[[], None]] = {
         "declaration": case.declaration,
+        "calibration": case.calibration,
+        "artifact": case.artifact,
+        "expected evaluations": case.expected_evaluations,
         "finite": case.finite,
         "neutral": case.neutral_options,
         "inputs": case.inputs,
@@ -75,6 +86,55 @@ class _CallbackCase:
 
     def declaration(self) -> None:
         check_declaration(self.cls)
+
+    def calibration(self) -> None:
+        def check(run: Run) -> None:
+            first, second = self.measured(run), self.measured(run)
+            ensure(same([first], [second]), "calibrating again gives another result")
+
+        self.everywhere(check)
+
+    def artifact(self) -> None:
+        def check(run: Run) -> None:
+            callback, artifact = self.uncalibrated(run), self.measured(run)
+            callback.use(artifact)
+            direct = run.latents([callback])
+            callback.use(saved_and_loaded(artifact))
+            ensure_same(
+                run.latents([callback]),
+                direct,
+                "the artifact, saved and loaded, gives another result than direct from calibration",
+            )
+
+        self.everywhere(check)
+
+    def expected_evaluations(self) -> None:
+        def check(run: Run) -> None:
+            callback = self.uncalibrated(run)
+            if not callback.needs_calibration:
+                return
+            planned = self.evaluations(run, callback)
+            callback.use(self.measured(run))
+            spent = self.evaluations(run, callback)
+            ensure(
+                planned == spent,
+                f"takes {planned} evaluations before it is calibrated, {spent} after; costs are "
+                "read from the former",
+            )
+
+        self.everywhere(check)
+
+    def evaluations(self, run: Run, callback: DenoisingCallback) -> tuple[int, int]:
+        """Full and cached evaluations of a trajectory."""
+        run.clock.reset()
+        run.latents([callback])
+        return run.clock.evaluations.full, run.clock.evaluations.cached
+
+    def measured(self, run: Run, options: Options | None = None) -> Artifact:
+        """What calibration on this run gives; nothing for a callback that needs none."""
+        callback = self.uncalibrated(run, options)
+        bench = Bench(run.network, run.clock, self.model, run.sampler, SEED + 1, CALIBRATED)
+        return callback.calibrate(bench) if callback.needs_calibration else {}
 
     def finite(self) -> None:
         def check(run: Run) -> None:
@@ -113,16 +173,22 @@ class _CallbackCase:
         self.everywhere(check)
 
     def _check_neutral(self, run: Run) -> None:
-        callback = build(self.cls, self.neutral or {})
-        callback.check(run.sampler, run.clock)
+        callback = self.callback(run, self.neutral)
         ensure_same(
             run.latents([callback]),
             run.latents(),
             f"with {self.neutral} the result differs from that without a callback",
         )
 
-    def callback(self, run: Run) -> DenoisingCallback:
-        callback: DenoisingCallback = build(self.cls, self.options)
+    def callback(self, run: Run, options: Options | None = None) -> DenoisingCallback:
+        """Checked and calibrated."""
+        callback = self.uncalibrated(run, options)
+        callback.use(self.measured(run, options))
+        return callback
+
+    def uncalibrated(self, run: Run, options: Options | None = None) -> DenoisingCallback:
+        chosen = self.options if options is None else options
+        callback: DenoisingCallback = build(self.cls, chosen)
         callback.check(run.sampler, run.clock)
         return callback
 
@@ -142,6 +208,9 @@ class _Guard(DenoisingCallback):
     def __init__(self, inner: DenoisingCallback) -> None:
         super().__init__(BaseOptions())
         self._inner, self.changed = inner, ""
+
+    def evaluate(self, step: Step) -> Tensor | None:
+        return self._inner.evaluate(step)
 
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
         sample, given = step.sample.clone(), prediction.clone()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iec_eval.intervals import Estimate
 from iec_eval.metrics.base import PairedMetric, Pairs
 from iec_eval.metrics.features import Features
 from iec_eval.models.base import DiffusionModel
@@ -39,7 +40,9 @@ def check_metric(
     default one with captions and images of 32x32 pixels. Properties: ``declaration``, ``result``
     (finite floats by name, twice the same), ``batches`` (one update or many), ``order``, ``merge``
     (two halves make the whole), ``empty`` (merging a metric that saw nothing changes nothing),
-    ``reset``, ``pairs`` (of a paired metric: images without network are compared with the
+    ``reset``, ``estimates`` (the numbers of ``compute()``; influence values are float64, one an
+    image in the order of indices, with mean zero, whatever the batches), ``pairs`` (of a paired
+    metric: images without network are compared with the
     reference, whose row the protocol names).
     """
     case = _MetricCase(cls, options or {}, inputs, model or _PicturesModel(), images, tolerance)
@@ -51,6 +54,7 @@ def check_metric(
         "merge": case.merge,
         "empty": case.empty,
         "reset": case.reset,
+        "estimates": case.estimates,
         "pairs": case.pairs,
     }
     run_checks(cls, checks, skip)
@@ -107,6 +111,41 @@ class _MetricCase:
         metric.reset()
         self._update(metric, range(self.images))
         self._ensure_equal(metric, "reset and used again")
+
+    def estimates(self) -> None:
+        half = self.images // 2
+        found = self._estimates([range(self.images)])
+        again = self._estimates([range(half, self.images), range(half)])
+        for name, wanted in self.updated([range(self.images)]).compute().items():
+            ensure(name in found, f"estimates() lacks {name}, which compute() gives")
+            close = abs(found[name].value - wanted) <= self.tolerance * max(1.0, abs(wanted))
+            ensure(close, f"estimates() gives {name} = {found[name].value!r}, compute() {wanted!r}")
+        for name, one in found.items():
+            if one.influence is not None:
+                self._check_influence(name, one.influence, again[name].influence)
+
+    def _check_influence(self, name: str, influence: Tensor, again: Tensor | None) -> None:
+        shape, kind = tuple(influence.shape), influence.dtype
+        ensure(
+            (shape, kind) == ((self.images,), torch.float64),
+            f"influence on {name} is {kind} {shape}, wanted float64 ({self.images},)",
+        )
+        ensure(bool(influence.isfinite().all()), f"influence on {name} is not finite")
+        scale = max(1.0, float(influence.abs().max()))
+        centred = abs(float(influence.mean())) <= self.tolerance * scale
+        ensure(centred, f"influence on {name} has the mean {float(influence.mean()):.3g}, wanted 0")
+        same = again is not None and bool(
+            torch.allclose(influence, again, rtol=0, atol=self.tolerance * scale)
+        )
+        ensure(same, f"influence on {name} depends on the order of the batches")
+
+    def _estimates(self, batches: Sequence[Sequence[int]]) -> dict[str, Estimate]:
+        metric = self.updated(batches)
+        chosen = [torch.tensor(list(batch)) for batch in batches]
+        found: dict[str, Estimate] = metric.estimates(
+            [(self._shown(metric, indices), indices) for indices in chosen]
+        )
+        return found
 
     def pairs(self) -> None:
         if not issubclass(self.cls, PairedMetric):

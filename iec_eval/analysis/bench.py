@@ -1,0 +1,135 @@
+"""Rows as they are deployed, their twins, and trajectories of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iec_eval.assembly import Assembly, Plan, calibrate, plan_like
+from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.denoising import Denoiser, Step, denoise
+from iec_eval.noise import Noise
+from iec_eval.options import BaseOptions
+from iec_eval.plugins import Registry
+from iec_eval.progress import Progress
+from iec_eval.runs import RunFolder
+from iec_eval.study import Part
+
+PAPER: Part = {"name": "iec", "preset": "paper"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row that is analyzed, and the folder its results go to."""
+
+    name: str
+    folder: Path
+    plan: Plan
+
+    @property
+    def total(self) -> int:
+        """Steps of its sampler."""
+        return len(self.plan.sampler.timesteps)
+
+
+def correctors(plan: Plan) -> list[tuple[int, Any]]:
+    """The callbacks that correct, as IEC does, with their positions: those that tell of it."""
+    found: list[tuple[int, Any]] = list(enumerate(plan.callbacks))
+    return [(i, callback) for i, callback in found if hasattr(callback, "on_correction")]
+
+
+def uncorrected(plan: Plan, registry: Registry) -> Plan:
+    """The same row without its correctors; the row itself if it has none."""
+    positions = {i for i, _ in correctors(plan)}
+    if not positions:
+        return plan
+    kept = [part for i, part in enumerate(plan.experiment.callbacks) if i not in positions]
+    return plan_like(plan, registry, callbacks=kept)
+
+
+def corrected(plan: Plan, registry: Registry) -> Plan:
+    """The row itself if it corrects; else with the paper's IEC added.
+
+    Raises Incompatible if the row cannot be corrected.
+    """
+    if correctors(plan):
+        return plan
+    return plan_like(plan, registry, callbacks=[*plan.experiment.callbacks, PAPER])
+
+
+def full_precision_twin(plan: Plan, registry: Registry, *, corrects: bool = False) -> Plan:
+    """The row's sampler with the plain network, and, if it ``corrects``, the row's corrector."""
+    positions = [i for i, _ in correctors(plan)]
+    own = [plan.experiment.callbacks[i] for i in positions] or [PAPER]
+    return plan_like(plan, registry, efficiency=[], callbacks=own if corrects else [])
+
+
+class Bench:
+    """Networks with their methods applied, one in memory at a time, and what they do.
+
+    What is not calibrated yet is calibrated, into the run's own artifacts.
+    """
+
+    def __init__(self, run: RunFolder, device: torch.device, progress: Progress) -> None:
+        self.device, self.progress = device, progress
+        self._run = run
+        self._current: Assembly | None = None
+
+    def assembly(self, plan: Plan) -> Assembly:
+        """The row's network on the bench's device."""
+        if self._current is None or self._current.plan.fingerprint != plan.fingerprint:
+            self._current = None  # free the old network before the new one is read
+            steps = Progress("calibration steps", visible=self.progress.visible)
+            made = calibrate(plan, self._run, device=self.device, progress=steps)
+            steps.close()
+            made.network.to(self.device).requires_grad_(False)
+            plan.model.to(self.device)
+            self._current = made
+        return self._current
+
+    def denoiser(self, plan: Plan, images: int) -> Denoiser:
+        """The row's prediction for its images 0 .. ``images - 1``."""
+        assembly = self.assembly(plan)
+        condition = plan.model.condition(range(images)).to(self.device)
+        return Denoiser(assembly.network, condition, assembly.clock)
+
+    def run(
+        self,
+        plan: Plan,
+        images: int,
+        after: Sequence[DenoisingCallback] = (),
+        before: Sequence[DenoisingCallback] = (),
+    ) -> Tensor:
+        """Final latents of the row's first images, observed before and after its callbacks."""
+        denoiser = self.denoiser(plan, images)
+        callbacks = [*before, *self.assembly(plan).plan.callbacks, *after]
+        with torch.no_grad():
+            noise = Noise(plan.experiment.images.seed, range(images), plan.model.shape, self.device)
+            return denoise(plan.sampler, denoiser, noise, callbacks)
+
+    def trajectory(self, plan: Plan, images: int) -> Tensor:
+        """All states ``[T + 1, B, C, H, W]`` on the CPU, x_T first."""
+        recorder = _Recorder(self.progress)
+        final = self.run(plan, images, [recorder])
+        return torch.stack([*recorder.states, final.cpu()])
+
+
+class _Recorder(DenoisingCallback):
+    """Keeps the state before every step."""
+
+    name = "trajectory-recorder"
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(BaseOptions())
+        self._progress = progress
+        self.states: list[Tensor] = []
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        self.states.append(step.sample.cpu().clone())
+        self._progress.advance(1)
+        return prediction

@@ -1,0 +1,338 @@
+"""An analysis from beginning to end: what is missing, its price, the measurements, the files.
+
+<out>/analysis/<row>-<fingerprint8>/spectral.json  growth.json  residuals.json  ablation.json
+                                    and a .csv and an .svg for each; recommendation.json and .yaml
+<out>/analysis/<row>-<fingerprint8>/pieces/    a file for each step that is finished
+<out>/analysis/pieces/                         trajectories, which rows share
+<out>/analysis/ablation.yaml                   a study for ``iec-eval launch``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iec_eval import ranks
+from iec_eval.analysis import ablation, growth, recommendation, residuals, spectral, writing
+from iec_eval.analysis.affine import AffineStep, affine_steps
+from iec_eval.analysis.bench import Bench, Subject, correctors, full_precision_twin
+from iec_eval.analysis.pieces import Pieces, step_name
+from iec_eval.analysis.question import Question
+from iec_eval.assembly import Plan
+from iec_eval.cost import evaluation_cost, expected_evaluations
+from iec_eval.errors import ConfigError, UnknownName
+from iec_eval.jobs import Job
+from iec_eval.noise import Noise
+from iec_eval.plugins import Registry
+from iec_eval.progress import Progress
+from iec_eval.runs import RunFolder
+from iec_eval.study import Study
+
+PASSES = 1.5  # evaluations that a product takes the time of, about
+LINEARIZATION = 4.0  # the same of a linearisation
+
+
+@dataclass
+class Analysis:
+    """A study under a question.
+
+    Attributes:
+        subjects: the rows, then full-precision twins that are not among them, for the norms.
+        affine: A and B of each subject's steps, by its fingerprint; only where norms are wanted.
+        tell: takes what is to be said before the work begins.
+    """
+
+    study: Study
+    run: RunFolder
+    registry: Registry
+    question: Question
+    rows: list[Subject]
+    subjects: list[Subject]
+    tell: Callable[[str], None]
+    progress: Progress = field(default_factory=lambda: Progress("steps"))
+    affine: dict[str, list[AffineStep]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return self.run.path / "analysis"
+
+    def wants(self, part: str) -> bool:
+        """Whether a part was asked for."""
+        return part in self.question.parts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one part of one row still lacks, and how to make it.
+
+    Attributes:
+        units: of progress.
+        evaluations: of the network, per image, summed over images.
+        products: with a Jacobian, at most.
+        linearizations: evaluations whose graph is kept.
+    """
+
+    subject: Subject
+    label: str
+    make: Callable[[Bench], object]
+    units: int
+    evaluations: int
+    products: int = 0
+    linearizations: int = 0
+
+
+def analyze(
+    study: Study,
+    jobs: Sequence[Job],
+    run: RunFolder,
+    registry: Registry,
+    question: Question,
+    tell: Callable[[str], None],
+) -> str:
+    """Do what of an analysis is missing, write its files, and say what it found.
+
+    Raises UnknownName for a row that is none, Incompatible for a sampler without A and B,
+    ConfigError for a question that cannot be answered: all before anything expensive.
+    """
+    rows = _rows(jobs, run, question)
+    asked = Analysis(study, run, registry, question, rows, _with_twins(rows, registry, run), tell)
+    _check(asked)
+    work = _missing(asked)
+    bench = Bench(run, ranks.first_device(study.execution), asked.progress)
+    if work:
+        tell(_price(asked, work, bench))
+    asked.progress.start(sum(one.units for one in work))
+    try:
+        for one in work:
+            asked.progress.describe(f"{one.subject.name}: {one.label}")
+            one.make(bench)
+    finally:
+        asked.progress.close()
+    return "\n\n".join(_results(asked, bench))
+
+
+def _rows(jobs: Sequence[Job], run: RunFolder, question: Question) -> list[Subject]:
+    names = [job.plan.experiment.name for job in jobs]
+    for name in question.rows:
+        if name not in names:
+            raise UnknownName("row", name, names)
+    chosen = [job for job in jobs if not question.rows or job.plan.experiment.name in question.rows]
+    return [_subject(job.plan.experiment.name, job.plan, run) for job in chosen]
+
+
+def _subject(name: str, plan: Plan, run: RunFolder) -> Subject:
+    folder = run.variant(name, plan.fingerprint).path.name
+    return Subject(name, run.path / "analysis" / folder, plan)
+
+
+def _with_twins(rows: Sequence[Subject], registry: Registry, run: RunFolder) -> list[Subject]:
+    """The rows and the full-precision twin of each, each once."""
+    found = {row.plan.fingerprint: row for row in rows}
+    for row in rows:
+        twin = full_precision_twin(row.plan, registry)
+        found.setdefault(twin.fingerprint, _subject("full precision", twin, run))
+    return list(found.values())
+
+
+def _check(asked: Analysis) -> None:
+    if asked.wants("spectral"):
+        for subject in asked.subjects:
+            asked.affine[subject.plan.fingerprint] = affine_steps(subject.plan)
+    corrected = [row for row in asked.rows if correctors(row.plan)]
+    if list(asked.question.parts) == ["ablation"] and not corrected:
+        raise ConfigError(
+            "analyze: the ablation changes where a row corrects, and none of the rows "
+            f"{', '.join(row.name for row in asked.rows)} has a corrector; name one that has with "
+            "--rows, or add callbacks: [{name: iec}] to a row"
+        )
+    asked.question.check(asked.study.execution.batch_size)
+
+
+def _missing(asked: Analysis) -> list[Work]:
+    work = list[Work]()
+    if asked.wants("spectral"):
+        work += [one for subject in asked.subjects if (one := _spectral_work(asked, subject))]
+    if asked.wants("growth"):
+        work += _growth_work(asked)
+    if asked.wants("residuals"):
+        work += [one for row in asked.rows if (one := _residual_work(asked, row))]
+    return work
+
+
+def _spectral_work(asked: Analysis, subject: Subject) -> Work | None:
+    question, affine = asked.question, asked.affine[subject.plan.fingerprint]
+    pieces = spectral.pieces_of(subject, question)
+    wanted = spectral.measurable(affine, question.spectral_steps(subject.total))
+    lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
+    if not lacking:
+        return None
+    rows = question.spectral_images * len(spectral.operators(affine[0], question.lambdas))
+    size = torch.Size(subject.plan.model.shape).numel()
+    at_once = max(question.spectral_images, asked.study.execution.batch_size)
+
+    def make(bench: Bench) -> object:
+        probe = spectral.SpectralProbe(lacking, affine, question, pieces, bench, at_once)
+        return bench.run(subject.plan, question.spectral_images, [probe])
+
+    return Work(
+        subject,
+        "spectral norms",
+        make,
+        units=len(lacking),
+        evaluations=_trajectory(subject.plan) * question.spectral_images,
+        products=2 * rows * len(lacking) * (min(question.iterations, size) + 1),
+        linearizations=rows * len(lacking),
+    )
+
+
+def _growth_work(asked: Analysis) -> list[Work]:
+    """The trajectories that are not there yet, each once."""
+    question, work, seen = asked.question, list[Work](), set[str]()
+    for row in asked.rows:
+        for label, plan in growth.trajectories(row, asked.registry)[0].items():
+            kept = growth.states_file(plan, question, row).read_tensor("states")
+            if kept is None and plan.fingerprint not in seen:
+                seen.add(plan.fingerprint)
+                work.append(_trajectory_work(row, label, plan, question))
+    return work
+
+
+def _trajectory_work(row: Subject, label: str, plan: Plan, question: Question) -> Work:
+    return Work(
+        row,
+        f"trajectory of {label}",
+        lambda bench: growth.obtain_states(plan, question, row, bench),
+        units=row.total,
+        evaluations=_trajectory(plan) * question.images,
+    )
+
+
+def _residual_work(asked: Analysis, row: Subject) -> Work | None:
+    question = asked.question
+    pieces = residuals.pieces_of(row, question)
+    wanted = question.residual_steps(row.total)
+    lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
+    if not lacking:
+        return None
+    each = _trajectory(row.plan) + residuals.EVALUATIONS * len(lacking)
+    return Work(
+        row,
+        "residuals",
+        lambda bench: residuals.run(row, lacking, question, pieces, bench),
+        units=len(lacking),
+        evaluations=each * question.images,
+    )
+
+
+def _trajectory(plan: Plan) -> int:
+    expected = expected_evaluations(plan)
+    return expected.full + expected.cached
+
+
+def _price(asked: Analysis, work: Sequence[Work], bench: Bench) -> str:
+    """What is to be done and how long it takes, from one evaluation that is timed."""
+    seconds = _seconds_per_evaluation(asked, bench)
+    evaluations = sum(one.evaluations for one in work)
+    linearizations = sum(one.linearizations for one in work)
+    products = sum(one.products for one in work)
+    least = seconds * (evaluations + LINEARIZATION * linearizations)
+    told = (
+        f"To do: {evaluations:,} network evaluations of one image in {len(work)} trajectories, "
+        f"about {writing.duration(least)} ({1000 * seconds:.3g} ms each, timed at full precision; "
+        "simulated bits take longer, calibration comes on top)"
+    )
+    if not products:
+        return told
+    most = writing.duration(PASSES * seconds * products)
+    return (
+        f"{told}; {linearizations:,} linearisations and at most {products:,} products with "
+        f"Jacobians, at most {most} more: searches that converge, as most do within 30 "
+        f"iterations of {asked.question.iterations}, end early"
+    )
+
+
+def _seconds_per_evaluation(asked: Analysis, bench: Bench) -> float:
+    row, images = asked.rows[0], asked.question.images
+    plan = full_precision_twin(row.plan, asked.registry)
+    denoiser = bench.denoiser(plan, images)
+    noise = Noise(0, range(images), plan.model.shape, bench.device).initial()
+    taken = []
+    with torch.no_grad():
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            denoiser(noise, plan.sampler.timesteps[0]).sum().item()
+            taken.append(time.perf_counter() - began)
+    return min(taken) / images
+
+
+def _results(asked: Analysis, bench: Bench) -> list[str]:
+    """Every file, and a paragraph for each row."""
+    told = list[str]()
+    for subject in asked.subjects:
+        found = dict[str, Any]()
+        if asked.wants("spectral"):
+            found["spectral"] = _spectral_result(asked, subject)
+        if subject in asked.rows:
+            found |= _row_results(asked, subject, bench)
+        if found:
+            told.append(writing.write_row(subject, found))
+    if asked.wants("ablation"):
+        told += _write_ablation(asked)
+    return [*told, f"Written to {asked.folder}"]
+
+
+def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
+    found = dict[str, Any]()
+    if asked.wants("growth"):
+        found["growth"] = growth.measure(row, asked.question, bench, asked.registry)
+    if asked.wants("residuals"):
+        steps = asked.question.residual_steps(row.total)
+        pieces = _finished(residuals.pieces_of(row, asked.question), steps)
+        cost = evaluation_cost(row.plan)
+        plain = recommendation.uncorrected_macs(row, cost, asked.registry)
+        found["residuals"] = residuals.summary(row, pieces, asked.question)
+        found["recommendation"] = recommendation.recommend(
+            row, pieces, cost, asked.question.budget, plain
+        )
+    if asked.wants("ablation") and correctors(row.plan):
+        chosen = ablation.choices(row, asked.registry)
+        results = asked.folder / "ablation" / "results.json"
+        found["ablation"] = ablation.overheads(row, chosen, evaluation_cost(row.plan), results)
+    return found
+
+
+def _spectral_result(asked: Analysis, subject: Subject) -> dict[str, Any]:
+    affine = asked.affine[subject.plan.fingerprint]
+    wanted = asked.question.spectral_steps(subject.total)
+    steps = spectral.measurable(affine, wanted)
+    pieces = _finished(spectral.pieces_of(subject, asked.question), steps)
+    found = spectral.summary(subject, pieces, asked.question)
+    return {**found, "left_out": sorted(set(wanted) - set(steps))}
+
+
+def _finished(pieces: Pieces, steps: Sequence[int]) -> list[dict[str, Any]]:
+    found = [pieces.read(step_name(index)) for index in steps]
+    assert None not in found, "everything missing was made"
+    return [piece for piece in found if piece is not None]
+
+
+def _write_ablation(asked: Analysis) -> list[str]:
+    """The study of all rows' choices; what runs it."""
+    corrected = [row for row in asked.rows if correctors(row.plan)]
+    if not corrected:
+        return ["Ablation: left out, no row has a corrector."]
+    chosen = [choice for row in corrected for choice in ablation.choices(row, asked.registry)]
+    distinct = {choice.plan.fingerprint: choice for choice in reversed(chosen)}
+    kept = [choice for choice in chosen if distinct[choice.plan.fingerprint] is choice]
+    path = asked.folder / "ablation.yaml"
+    ablation.write_study(path, ablation.study_of(asked.study, kept))
+    return [
+        f"Ablation: {len(kept)} rows in {path}. For their scores, and the measured overheads here "
+        f"the next time, run\n  iec-eval launch {path} -o {asked.folder / 'ablation'}"
+    ]

@@ -1,0 +1,213 @@
+"""The files of an analyzed row, and what is said of it on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from iec_eval.analysis import plots
+from iec_eval.analysis.bench import Subject
+from iec_eval.storage import write_json, write_text
+
+Found = Mapping[str, Any]
+Cells = list[list[Any]]
+
+
+def write_row(subject: Subject, found: Mapping[str, Found]) -> str:
+    """Write JSON, CSV and plot of every part that was found; a paragraph on the row."""
+    lines = [subject.name]
+    for part, content in found.items():
+        write_json(subject.folder / f"{part}.json", content)
+        write_text(subject.folder / f"{part}.csv", _csv(TABLES[part](content)))
+        drawn = plots.PLOTS[part](content)
+        if drawn is not None:
+            write_text(subject.folder / f"{part}.svg", drawn)
+        lines += [f"  {line}" for line in TEXTS[part](content)]
+    if "recommendation" in found:
+        snippet = {"callbacks": found["recommendation"]["callbacks"]}
+        text = yaml.safe_dump(snippet, sort_keys=False, default_flow_style=None)
+        write_text(subject.folder / "recommendation.yaml", text)
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to two digits."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def _csv(cells: Cells) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(cells)
+    return text.getvalue()
+
+
+def _spectral_table(found: Found) -> Cells:
+    relaxed = [f"{value:g}" for value in found["lambdas"]]
+    head = ["step", "timestep", "full", "A", "B", "image", "norm_A_I_plus_B_J", "norm_J"]
+    rows: Cells = [[*head, *(f"norm_grad_G_{value}" for value in relaxed), "converged"]]
+    for step in found["steps"]:
+        norms = step["norms"]
+        for image in range(found["images"]):
+            values = [norms[name][image]["value"] for name in ("step", "jacobian", *relaxed)]
+            converged = all(norm[image]["converged"] for norm in norms.values())
+            place = [step["step"], step["timestep"], step["full"], step["a"], step["b"], image]
+            rows.append([*place, *values, converged])
+    return rows
+
+
+def _spectral_text(found: Found) -> list[str]:
+    steps = found["steps"]
+    if not steps:
+        return ["spectral norms: no step to measure"]
+    above = sum(step["images_above_one"] for step in steps)
+    pairs = len(steps) * found["images"]
+    largest = max(steps, key=lambda step: step["norm_step_max"])
+    least = min(step["norm_step_max"] for step in steps)
+    relaxed = {
+        value: sum(value in step["contracting_lambdas"] for step in steps)
+        for value in found["lambdas"]
+    }
+    safe = [f"{value:g}" for value, count in relaxed.items() if count == len(steps)]
+    lines = [
+        f"||A I + B J||: {largest['norm_step_max']:.4g} at step {largest['step']}, the largest of "
+        f"{len(steps)} steps; {least:.5g} the least; above 1 in {above} of {pairs} (image, step)",
+        f"||grad G|| below 1 at every measured step for lambda {', '.join(safe) or 'none tried'}",
+    ]
+    if found["not_converged"]:
+        lines.append(
+            f"NOT CONVERGED: {found['not_converged']} of {found['searches']} norms, which may be "
+            "too low; raise --iterations"
+        )
+    if found["largest_adjoint_error"] > 1e-3:
+        lines.append(
+            f"DERIVATIVES DISAGREE: <Jv, u> and <v, J'u> differ by "
+            f"{found['largest_adjoint_error']:.1e}: some layer's are not what they say"
+        )
+    if found.get("left_out"):
+        lines.append(f"steps {found['left_out']} left out: their prediction takes two evaluations")
+    return lines
+
+
+def _growth_table(found: Found) -> Cells:
+    head = ["run", "versus", "step", "mean", "std", "relative"]
+    rows: Cells = [[*head, *(f"image_{i}" for i in range(found["images"]))]]
+    for series in found["series"]:
+        for step, distances in enumerate(series["distance"]):
+            numbers = [series[name][step] for name in ("mean", "std", "relative")]
+            rows.append([series["run"], series["versus"], step, *numbers, *distances])
+    return rows
+
+
+def _growth_text(found: Found) -> list[str]:
+    lines = [_series_text(series) for series in found["series"]]
+    if isinstance(found["correction"], str):
+        lines.append(f"no growth with correction: {found['correction']}")
+    return lines
+
+
+def _series_text(series: Found) -> str:
+    fit, last = series["fit"], f"{series['mean'][-1]:.3g} +- {series['std'][-1]:.2g}"
+    kind: str = fit["better"]
+    head = f"||delta|| of {series['run']} to {series['versus']}: {last} at the end; "
+    if "linear" not in fit:
+        return head + kind
+    curves = ", ".join(f"{name} R2 {fit[name]['r2']:.3f}" for name in ("exponential", "linear"))
+    verdict = {"neither": "neither fits", "not told apart": "curves not told apart"}
+    return f"{head}{verdict.get(kind, f'{kind} fits better')} ({curves})"
+
+
+def _residual_table(found: Found) -> Cells:
+    names = ["size", "before", "after_half", "after_lambda", "after_one", "after_own"]
+    rows: Cells = [["step", "timestep", "full", "lambda", "image", *names]]
+    for step in found["steps"]:
+        place = [step["step"], step["timestep"], step["full"], step["lambda"]]
+        for image in range(found["images"]):
+            values = [step[name][image] if step[name] is not None else "" for name in names]
+            rows.append([*place, image, *values])
+    return rows
+
+
+def _residual_text(found: Found) -> list[str]:
+    tried = [
+        ("the row's own correction", found["contracts_own"]),
+        ("lambda 0.5", found["contracts_half"]),
+        ("the best lambda of the step", found["contracts_lambda"]),
+    ]
+    told = [
+        f"{name} in {100 * share['share']:.0f} % of {share['pairs']}"
+        for name, share in tried
+        if share is not None
+    ]
+    return [f"residual smaller after a correction: {'; '.join(told)} (image, step)"]
+
+
+def _recommendation_table(found: Found) -> Cells:
+    names = ["step", "lambda", "lambda_measured", "gain", "macs"]
+    chosen = set(found["chosen"])
+    rows = [[*(step[name] for name in names), step["step"] in chosen] for step in found["steps"]]
+    return [[*names, "chosen"], *rows]
+
+
+def _recommendation_text(found: Found) -> list[str]:
+    if not found["chosen"]:
+        return [
+            f"recommended: no correction; within {100 * found['budget']:g} % more "
+            "multiply-accumulates no step's residual can be made smaller"
+        ]
+    snippet = yaml.safe_dump(
+        {"callbacks": found["callbacks"]}, sort_keys=False, default_flow_style=None, width=1000
+    )
+    head = (
+        f"recommended within {100 * found['budget']:g} % more multiply-accumulates "
+        f"({100 * found['extra_macs']:.1f} % spent), by residual removed, not by image quality:"
+    )
+    return [head, *(f"  {line}" for line in snippet.splitlines())]
+
+
+def _ablation_table(found: Found) -> Cells:
+    scored = [row["measured"] for row in found["choices"] if row["measured"] is not None]
+    metrics = list(scored[0]["metrics"]) if scored else []
+    names = ["evaluations_full", "evaluations_cached", "predicted_overhead"]
+    rows: Cells = [["label", *names, "measured_overhead", "overhead_seconds", *metrics]]
+    for choice in found["choices"]:
+        told = choice["measured"] or {"overhead": "", "overhead_seconds": "", "metrics": {}}
+        values = [told["overhead"], told["overhead_seconds"]]
+        scores = [told["metrics"].get(name, "") for name in metrics]
+        rows.append([choice["label"], *(choice[name] for name in names), *values, *scores])
+    return rows
+
+
+def _ablation_text(found: Found) -> list[str]:
+    return ["overhead of correcting " + "; ".join(map(_choice_text, found["choices"][1:]))]
+
+
+def _choice_text(choice: Found) -> str:
+    text = f"{choice['label']} {100 * choice['predicted_overhead']:.1f} %"
+    told = choice["measured"]
+    if told is None or told["overhead"] is None:
+        return text
+    scores = [f"{n} {v:.4g}" for n, v in told["metrics"].items() if v is not None]
+    return f"{text} (measured {100 * told['overhead']:.1f} %, {', '.join(scores)})"
+
+
+TABLES: Mapping[str, Callable[[Found], Cells]] = {
+    "spectral": _spectral_table,
+    "growth": _growth_table,
+    "residuals": _residual_table,
+    "recommendation": _recommendation_table,
+    "ablation": _ablation_table,
+}
+TEXTS: Mapping[str, Callable[[Found], Sequence[str]]] = {
+    "spectral": _spectral_text,
+    "growth": _growth_text,
+    "residuals": _residual_text,
+    "recommendation": _recommendation_text,
+    "ablation": _ablation_text,
+}

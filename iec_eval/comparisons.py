@@ -1,0 +1,113 @@
+"""Rows against the rows that judge them: each difference with its interval, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from iec_eval.intervals import LEVEL, Estimate, Interval, simultaneous
+from iec_eval.report.wording import higher_is_better
+from iec_eval.results import (
+    Comparison,
+    Judgement,
+    Measurement,
+    Results,
+    Variant,
+    inferred_bases,
+)
+from iec_eval.study import Relation
+
+Estimates = Mapping[str, Mapping[str, Estimate]]  # by row and metric
+
+
+def with_comparisons(
+    results: Results, estimates: Estimates, directions: Mapping[str, bool] | None = None
+) -> Results:
+    """Fill in the intervals of differences, and each finished row's comparisons with its judges.
+
+    ``estimates`` are those the rows were scored with. A row is compared with every row that names
+    it in its ``judges``, and with its base (:func:`inferred_bases`), in every metric that both
+    have. Intervals against equal-cost rivals hold for all of a row's equal-cost rivals together, so
+    that the strongest may be picked by looking at them.
+    """
+    judges = judges_of(results)
+    rows = {row.name: row for row in results.variants}
+    variants = [
+        row.model_copy(
+            update={
+                "metrics": _with_intervals(row, estimates),
+                "comparisons": list(
+                    _comparisons(row, judges[row.name], rows, estimates, directions)
+                ),
+            }
+        )
+        for row in results.variants
+    ]
+    return results.model_copy(update={"variants": variants})
+
+
+def judges_of(results: Results) -> dict[str, dict[str, Relation]]:
+    """For each row the rows it is compared with, and what each is to it; the base first."""
+    bases = inferred_bases(results)
+    found: dict[str, dict[str, Relation]] = {}
+    for row in results.variants:
+        base = bases.get(row.name)
+        found[row.name] = {} if base is None else {base: "base"}
+        for other in results.variants:
+            if row.name in other.judges:
+                found[row.name].setdefault(other.name, other.judges[row.name])
+    return found
+
+
+def judgement(interval: Interval | None, better_up: bool | None) -> Judgement | None:
+    """What the interval of a row's value minus another's says of the row."""
+    if interval is None or better_up is None:
+        return None
+    low, high = interval
+    if low <= 0 <= high:
+        return "not distinguishable"
+    return "better" if (low > 0) == better_up else "worse"
+
+
+def _with_intervals(row: Variant, estimates: Estimates) -> dict[str, Measurement]:
+    return {name: _with_interval(row, name, estimates) for name in row.metrics}
+
+
+def _with_interval(row: Variant, name: str, estimates: Estimates) -> Measurement:
+    measured = row.metrics[name]
+    if measured.delta is None or measured.delta.ci95 is not None:
+        return measured
+    gap = _difference(estimates, name, row.name, measured.delta.versus)
+    interval = gap.interval() if gap else None
+    return measured.model_copy(
+        update={"delta": measured.delta.model_copy(update={"ci95": interval})}
+    )
+
+
+def _comparisons(
+    row: Variant,
+    judges: Mapping[str, Relation],
+    rows: Mapping[str, Variant],
+    estimates: Estimates,
+    directions: Mapping[str, bool] | None,
+) -> Iterator[Comparison]:
+    finished = {n: r for n, r in judges.items() if {row.status, rows[n].status} == {"done"}}
+    rivals = sum(relation == "equal-cost" for relation in finished.values())
+    for versus, relation in finished.items():
+        level = simultaneous(rivals) if relation == "equal-cost" else LEVEL
+        for metric in row.metrics:
+            gap = _difference(estimates, metric, row.name, versus)
+            if gap is not None:
+                interval = gap.interval(level)
+                yield Comparison(
+                    versus=versus,
+                    relation=relation,
+                    metric=metric,
+                    value=gap.value,
+                    ci95=interval,
+                    judgement=judgement(interval, higher_is_better(metric, directions)),
+                )
+
+
+def _difference(estimates: Estimates, metric: str, row: str, versus: str) -> Estimate | None:
+    one, other = (estimates.get(name, {}).get(metric) for name in (row, versus))
+    return None if one is None or other is None else one - other

@@ -1,0 +1,129 @@
+"""What stands in the verdict columns: a corrected row against its base and its strongest rival.
+
+Only finished rows are in a verdict, on either side; where one is missing the column says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from iec_eval.report.wording import higher_is_better, quality_metric, with_interval
+from iec_eval.results import Comparison, Results, Variant
+from iec_eval.study import Relation
+
+Against = Literal["base", "equal-cost"]
+AGAINST: Mapping[Against, str] = {"base": "vs base", "equal-cost": "vs equal cost"}
+RELATIONS: Mapping[Relation, str] = {
+    "base": "the same without callbacks",
+    "equal-cost": "the same compute spent otherwise",
+    "zero-cost": "a correction that takes no evaluation",
+    "half": "a part of what the callback does",
+    "stacking": "the parts put one on the other",
+    "full-precision": "full precision",
+}
+_WORDS = {"better": "better than", "worse": "worse than"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row's verdict against another; ``missing`` says why there is no comparison."""
+
+    comparison: Comparison | None = None
+    missing: str = ""
+
+    @property
+    def word(self) -> str:
+        """The judgement, or why there is none; nothing for a row that is not to be judged."""
+        if self.comparison is None:
+            return self.missing
+        return self.comparison.judgement or "not judged"
+
+
+def has_verdicts(rows: Sequence[Variant]) -> bool:
+    """Whether the table needs verdict columns: something is corrected, or was compared."""
+    return any(row.callbacks or row.comparisons for row in rows)
+
+
+def comparisons(row: Variant, results: Results) -> list[Comparison]:
+    """A row's comparisons with finished rows; none if it is not finished itself."""
+    finished = {other.name for other in results.variants if other.status == "done"}
+    if row.name not in finished:
+        return []
+    return [found for found in row.comparisons if found.versus in finished]
+
+
+def judged(
+    row: Variant,
+    against: Against,
+    results: Results,
+    directions: Mapping[str, bool] | None = None,
+) -> Judged:
+    """The verdict on a row's quality metric, against its base or its strongest equal-cost rival.
+
+    The strongest rival is the one of best quality, whatever the interval of the difference.
+    """
+    metric = quality_metric(results)
+    found = [
+        one for one in comparisons(row, results) if one.relation == against and one.metric == metric
+    ]
+    if not found:
+        return Judged(missing=_missing(row, against))
+    upward = higher_is_better(metric or "", directions)
+    # this row minus a rival: the better the rival, the lower (or, for an FID, the higher) that is
+    strongest = min if upward else max
+    return Judged(strongest(found, key=lambda one: one.value))
+
+
+def _missing(row: Variant, against: Against) -> str:
+    judges = [name for name, relation in row.judges.items() if relation == against]
+    if row.status != "done":
+        return row.status
+    if judges:
+        return "not judged"  # the other row is not finished, or there are no intervals
+    if not row.callbacks or row.control:
+        return ""
+    return "not judged" if against == "base" else "controls off"
+
+
+def difference(found: Comparison, digits: int) -> str:
+    """A difference and its interval, such as ``-1.15 [-1.41, -0.89]``."""
+    return with_interval(found.value, found.ci95, digits, "+")
+
+
+def sentence(name: str, found: Comparison, digits: int) -> str:
+    """A comparison spelled out."""
+    said = _WORDS.get(found.judgement or "")
+    verdict = f"{said} {found.versus}" if said else f"{found.judgement} from {found.versus}"
+    if found.judgement is None:
+        verdict = f"not judged against {found.versus}"
+    certainty = "" if found.ci95 is None else " (95 % interval)"
+    return (
+        f"{name} is {verdict} ({RELATIONS[found.relation]}): "
+        f"{found.metric} {difference(found, digits)}{certainty}."
+    )
+
+
+def tally(
+    results: Results, against: Against, directions: Mapping[str, bool] | None = None
+) -> Mapping[str, int]:
+    """How many of the study's own rows (controls are none) got which judgement."""
+    counted: dict[str, int] = {}
+    for row in results.variants:
+        found = judged(row, against, results, directions).comparison
+        if found is not None and found.judgement is not None and not row.control:
+            counted[found.judgement] = counted.get(found.judgement, 0) + 1
+    return counted
+
+
+def held_against(
+    results: Sequence[Results], against: Against, directions: Mapping[str, bool] | None = None
+) -> str:
+    """Which row each judged row was held against, such as ``A against B; C against D``."""
+    return "; ".join(
+        f"{row.name} against {found.versus}"
+        for document in results
+        for row in document.variants
+        if (found := judged(row, against, document, directions).comparison) is not None
+    )

@@ -1,0 +1,297 @@
+"""``iec-eval analyze`` as it is used: whole, resumed, interrupted, asked for the impossible."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+
+from iec_eval.analysis import growth, residuals
+from iec_eval.analysis.bench import Bench
+from iec_eval.analysis.pieces import Pieces
+from iec_eval.assembly import plan_study
+from iec_eval.plugins import load_registry
+from iec_eval.study import load
+
+Cli = Callable[..., Result]
+IEC_ROW = {"name": "cached + IEC", "extends": "cached", "callbacks": [{"name": "iec"}]}
+QUANTIZED = {
+    "name": "quantized + IEC",
+    "efficiency": [{"name": "timestep-quantizer"}],
+    "callbacks": [{"name": "iec"}],
+}
+SMALL = ["--images", "3", "--spectral-images", "1", "--lambdas", "0.5,1", "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, write_study: Callable[..., Path]) -> Path:
+    rows = [
+        {"name": "cached", "efficiency": [{"name": "deepcache", "interval": 3, "cut": 2}]},
+        IEC_ROW,
+        QUANTIZED,
+    ]
+    folder = tmp_path_factory.mktemp("analysis")
+    return write_study(folder, variants=rows, calibration={"seed": 1, "images": 4})
+
+
+@pytest.fixture(scope="module")
+def analyzed(study: Path, cli: Cli) -> tuple[Path, Result]:
+    out = study.parent / "out"
+    result = cli("analyze", study, "-o", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    return out / "analysis", result
+
+
+def folder_of(analysis: Path, row: str) -> Path:
+    (found,) = analysis.glob(f"{row}-????????")
+    return found
+
+
+def content(analysis: Path, row: str, part: str) -> Any:
+    return json.loads((folder_of(analysis, row) / f"{part}.json").read_text())
+
+
+def test_every_row_and_full_precision_are_measured(analyzed: tuple[Path, Result]) -> None:
+    analysis, result = analyzed
+    parts = ("spectral", "growth", "residuals", "recommendation")
+    for row in ("cached", "cached-iec", "quantized-iec"):
+        for part in parts:
+            for suffix in ("json", "csv", "svg"):
+                assert (folder_of(analysis, row) / f"{part}.{suffix}").stat().st_size > 0
+    assert (folder_of(analysis, "full-precision") / "spectral.json").is_file()
+    assert not (folder_of(analysis, "cached") / "ablation.json").exists()
+    for name in ("cached", "cached + IEC", "quantized + IEC", "full precision"):
+        assert f"\n\n{name}\n" in f"\n\n{result.stdout}"
+
+
+def test_the_price_is_told_first(analyzed: tuple[Path, Result]) -> None:
+    _, result = analyzed
+    told = result.stderr.splitlines()[0]
+    assert told.startswith("To do: ")
+    assert "products with Jacobians" in told
+    assert "ms each, timed at full precision" in told
+
+
+def test_norms(analyzed: tuple[Path, Result]) -> None:
+    analysis, _ = analyzed
+    for row in ("cached-iec", "quantized-iec", "full-precision"):
+        found = content(analysis, row, "spectral")
+        assert [step["step"] for step in found["steps"]] == [0, 2, 4]
+        assert found["not_converged"] == 0
+        assert found["largest_adjoint_error"] < 1e-4
+        for step in found["steps"]:
+            norms = {name: one[0]["value"] for name, one in step["norms"].items()}
+            assert norms.keys() == {"step", "jacobian", "0.5", "1"}
+            reach = abs(step["b"]) * norms["jacobian"]
+            assert abs(norms["step"] - step["a"]) <= reach * (1 + 1e-4)
+            assert norms["1"] == pytest.approx(reach, rel=1e-3)
+    full = [step["full"] for step in content(analysis, "cached", "spectral")["steps"]]
+    assert full == [True, False, False]
+    with (folder_of(analysis, "cached") / "spectral.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    assert float(rows[0]["norm_A_I_plus_B_J"]) > 0
+
+
+def test_growth(analyzed: tuple[Path, Result]) -> None:
+    """Both runs against both twins, from nothing at the shared noise."""
+    analysis, _ = analyzed
+    found = content(analysis, "cached-iec", "growth")
+    pairs = {(one["run"], one["versus"]) for one in found["series"]}
+    assert len(pairs) == len(found["series"]) == 4
+    for series in found["series"]:
+        assert len(series["distance"]) == 6
+        assert series["distance"][0] == [0, 0, 0]
+        assert series["mean"][-1] == pytest.approx(sum(series["distance"][-1]) / 3)
+        assert series["fit"]["better"]
+    # the row without its correction is the cached row
+    plain = content(analysis, "cached", "growth")["series"][0]
+    assert found["series"][0]["distance"] == plain["distance"]
+    assert max(plain["distance"][-1]) > 0
+
+
+def test_residuals(analyzed: tuple[Path, Result]) -> None:
+    """Cached, interval 3: of the measured steps 0, 2, 4 the row corrects step 0 alone."""
+    analysis, _ = analyzed
+    found = content(analysis, "cached-iec", "residuals")
+    assert found["corrected_steps"] == 1
+    assert found["contracts_own"]["pairs"] == 3
+    corrections = found["steps"][0]["corrections"]
+    # what the callback itself saw is lambda times the residual before
+    halves = [value / 2 for value in found["steps"][0]["before"]]
+    assert corrections[0]["residual"] == pytest.approx(halves, rel=1e-4)
+    assert found["steps"][0]["after_own"] == pytest.approx(
+        found["steps"][0]["after_half"], rel=1e-3
+    )
+    assert content(analysis, "cached", "residuals")["contracts_own"] is None
+
+
+def test_the_recommendation_is_a_piece_of_a_study(
+    analyzed: tuple[Path, Result], study: Path, cli: Cli
+) -> None:
+    analysis, _ = analyzed
+    bounds = ["-o", analysis.parent, *SMALL, "--what", "residuals", "--budget", "0.5"]
+    result = cli("analyze", study, *bounds, "--rows", "quantized + IEC")
+    assert result.exit_code == 0, result.output
+    found = content(analysis, "quantized-iec", "recommendation")
+    assert 0 < found["extra_macs"] <= 0.5
+    assert len(found["chosen"]) == 2  # of five evaluations a half
+    assert found["chosen"] == sorted(found["ranking"][:2])
+    told = yaml.safe_load(
+        (folder_of(analysis, "quantized-iec") / "recommendation.yaml").read_text()
+    )
+    assert told["callbacks"] == found["callbacks"]
+    plans = plan_study(
+        load(str(study), [f"variants.2.callbacks={json.dumps(told['callbacks'])}"]), load_registry()
+    )
+    assert len(plans[2].callbacks) == len(found["callbacks"])
+
+
+def test_a_second_run_computes_nothing(
+    analyzed: tuple[Path, Result], study: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis, first = analyzed
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a network was wanted")
+
+    monkeypatch.setattr(Bench, "assembly", refuse)
+    again = cli("analyze", study, "-o", analysis.parent, *SMALL)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == first.stdout
+    assert "To do" not in again.stderr
+
+
+def test_what_is_finished_is_kept(
+    study: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after two steps of residuals, it makes the three others, and no more."""
+    asked = ["analyze", study, "-o", tmp_path, "--images", "2", "--rows", "cached + IEC"]
+    asked += ["--what", "residuals"]
+    measured, write = list[int](), residuals.residuals_at
+
+    def counted(step: Any, *predictions: Any) -> Any:
+        if len(measured) == 2 and not resumed:
+            raise KeyboardInterrupt
+        measured.append(step.index)
+        return write(step, *predictions)
+
+    resumed = False
+    monkeypatch.setattr(residuals, "residuals_at", counted)
+    result = cli(*asked)
+    assert result.exit_code == 130
+    assert "everything finished is kept" in result.stderr
+    resumed = True
+    assert cli(*asked).exit_code == 0
+    assert measured == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_trajectory_is_kept(
+    study: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["analyze", study, "-o", tmp_path, "--images", "2", "--rows", "cached"]
+    asked += ["--what", "growth"]
+    made, write = list[str](), Pieces.write_tensor
+
+    def counted(self: Pieces, name: str, value: Any) -> None:
+        if len(made) == 3 and not resumed:
+            raise KeyboardInterrupt
+        made.append(name)
+        write(self, name, value)
+
+    resumed = False
+    monkeypatch.setattr(growth.Pieces, "write_tensor", counted)
+    assert cli(*asked).exit_code == 130
+    resumed = True
+    assert cli(*asked).exit_code == 0
+    assert len(made) == 4
+
+
+def test_other_bounds_are_other_pieces(
+    analyzed: tuple[Path, Result], study: Path, cli: Cli
+) -> None:
+    """More steps add to those that are there; another lambda is measured anew."""
+    analysis, _ = analyzed
+    bounds = ["-o", analysis.parent, "--rows", "cached", "--what", "spectral"]
+    pieces = folder_of(analysis, "cached") / "pieces"
+    before = {path: path.stat().st_mtime_ns for path in pieces.rglob("*.json")}
+    more = ["--spectral-images", "1", "--lambdas", "0.5,1", "--steps", "5"]
+    assert cli("analyze", study, *bounds, *more).exit_code == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert len(list(pieces.rglob("*.json"))) == len(before) + 2
+    found = content(analysis, "cached", "spectral")
+    assert [step["step"] for step in found["steps"]] == [0, 1, 2, 3, 4]
+
+
+def test_the_ablation_is_a_study_that_runs(
+    analyzed: tuple[Path, Result], study: Path, cli: Cli
+) -> None:
+    analysis, result = analyzed
+    path = analysis / "ablation.yaml"
+    assert f"iec-eval launch {path} -o {analysis / 'ablation'}" in result.stdout
+    rows = load(str(path)).experiments()
+    assert [row.name for row in rows if row.name.startswith("cached")] == [
+        "cached + IEC, none", "cached + IEC, every full step", "cached + IEC, ends 1/4",
+        "cached + IEC, last",
+    ]  # fmt: skip
+    assert "&id" not in path.read_text()
+    before = content(analysis, "quantized-iec", "ablation")["choices"]
+    assert before[0]["predicted_overhead"] == 0
+    assert before[1]["predicted_overhead"] == pytest.approx(1)
+    assert {choice["measured"] for choice in before} == {None}
+    made = cli("launch", path, "-o", analysis / "ablation", "-s", "images.count=4")
+    assert made.exit_code == 0, made.output
+    told = cli("analyze", study, "-o", analysis.parent, *SMALL, "--what", "ablation")
+    assert "measured 100.0 %, fid-toy" in told.stdout
+    for row in ("cached-iec", "quantized-iec"):
+        for choice in content(analysis, row, "ablation")["choices"]:
+            measured = choice["measured"]
+            assert measured["overhead"] == pytest.approx(choice["predicted_overhead"])
+            assert measured["metrics"]["fid-toy"] >= 0
+        assert (folder_of(analysis, row) / "ablation.svg").is_file()
+
+
+def test_overheads_of_table_5(write_study: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:
+    """T = 100, every step full: correcting both ends costs twice the share."""
+    sampler = {"name": "ddim", "steps": 100}
+    row = {"name": "IEC", "callbacks": [{"name": "iec"}]}
+    path = write_study(tmp_path, sampler=sampler, variants=[row])
+    result = cli("analyze", path, "-o", tmp_path / "out", "--what", "ablation")
+    assert result.exit_code == 0, result.output
+    found = content(tmp_path / "out" / "analysis", "iec", "ablation")["choices"]
+    overheads = {choice["label"]: choice["predicted_overhead"] for choice in found}
+    wanted = {"none": 0, "every full step": 1, "ends 1/4": 0.5, "ends 1/8": 0.25, "ends 1/10": 0.2,
+              "ends 1/20": 0.1, "first": 0.01, "last": 0.01}  # fmt: skip
+    assert overheads == pytest.approx(wanted)
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--rows", "cashed"], "unknown row 'cashed'; did you mean 'cached'"),
+    (["--what", "groth"], "unknown part of the analysis 'groth'; did you mean 'growth'"),
+    (["--rows", "cached", "--what", "ablation"], "none of the rows cached has a corrector"),
+    (["-s", "sampler.clip_sample=true", "--images", "2"], "clips the predicted image"),
+    (["--images", "5"], "5 images wanted, which are denoised together"),
+    (["--lambdas", "0"], "wanted numbers above 0"),
+    (["--budget", "-1"], "--budget"),
+    (["--steps", "0"], "--steps"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_questions(
+    options: list[str], message: str, write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """Refused before anything runs, so nothing is left behind."""
+    cached = {"name": "cached", "efficiency": [{"name": "deepcache", "interval": 3, "cut": 2}]}
+    path = write_study(tmp_path, variants=[cached])
+    result = cli("analyze", path, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out" / "analysis").exists()

@@ -1,0 +1,555 @@
+"""Controls: which rows are added, that they cost what they must, and that they are real rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import VARIANTS, Toy, installed_plugin
+
+from iec_eval import cost
+from iec_eval.assembly import Plan
+from iec_eval.callbacks.iec import IECOptions
+from iec_eval.controls import plan_with_controls
+from iec_eval.cost import evaluation_cost, expected_evaluations
+from iec_eval.errors import Incompatible
+from iec_eval.plugins import load_registry
+from iec_eval.results import read_results
+from iec_eval.storage import read_sealed
+from iec_eval.study import full_precision, load
+
+Part = dict[str, Any]
+Plans = Callable[..., dict[str, Plan]]
+
+IEC: Part = {"name": "iec"}
+QUANTIZER: Part = {"name": "timestep-quantizer"}
+STEPS, INTERVAL = 20, 5
+CACHE: Part = {"name": "deepcache", "interval": INTERVAL, "cut": 2}
+CACHEQUANT: Part = {"name": "cachequant", "interval": INTERVAL, "cut": 2}
+METHODS: dict[str, list[Part]] = {
+    "plain": [],
+    "quantized": [QUANTIZER],
+    "cached": [CACHE],
+    "cachequant": [CACHEQUANT],
+}
+
+# Stand-ins for what is not built in, and parts as others may write them.
+PARTS = """
+from iec_eval.api import (
+    BaseOptions, CompositeMethod, DenoisingCallback, EfficiencyMethod, Sampler, State, hookimpl
+)
+from iec_eval.callbacks import hooks as builtin
+
+class Of(BaseOptions):
+    of: dict = {}
+
+class Passive(DenoisingCallback):
+    def refine(self, step, prediction):
+        return prediction
+
+class EpsilonScaling(Passive):
+    name = "epsilon-scaling"
+
+class TimeShift(Passive):
+    name = "time-shift"
+
+class ScaleMatched(Passive):
+    name = "scale-matched"
+    Options = Of
+
+class Twice(DenoisingCallback):
+    name = "twice"
+
+    def refine(self, step, prediction):
+        return (prediction + step.predict(step.sample)) / 2
+
+class Uncountable(DenoisingCallback):
+    name = "uncountable"
+
+    def refine(self, step, prediction):
+        raise ValueError("not before it is told what to do")
+
+class EveryOther(EfficiencyMethod):
+    name = "every-other"
+    slot = "cacher"
+
+    def full_steps(self, total, artifact):
+        return range(0, total, 2)
+
+    def apply(self, network, clock, artifact):
+        return network
+
+class InnerCache(EveryOther):
+    name = "inner-cache"
+
+class InnerQuantizer(EveryOther):
+    name, slot = "inner-quantizer", "quantizer"
+
+class Combined(CompositeMethod):
+    name = "combined"
+
+    def parts(self):
+        return [InnerCache(BaseOptions()), InnerQuantizer(BaseOptions())]
+
+class Fixed(Sampler):
+    name = "fixed"
+
+    def __init__(self, options, schedule):
+        super().__init__(options, schedule)
+        self.timesteps = (90, 60, 30, 0)
+
+    def step(self, state, index, prediction, draw):
+        return State(state.sample - 0.1 * prediction)
+
+@hookimpl
+def iec_eval_callbacks():
+    known = {cls.name for cls in builtin.iec_eval_callbacks()}
+    made = [EpsilonScaling, TimeShift, ScaleMatched, Twice, Uncountable]
+    return [cls for cls in made if cls.name not in known]
+
+@hookimpl
+def iec_eval_efficiency_methods():
+    return [EveryOther, Combined]
+
+@hookimpl
+def iec_eval_samplers():
+    return [Fixed]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Installs the parts above."""
+    with installed_plugin(tmp_path_factory.mktemp("site"), "controlled_parts", PARTS):
+        yield
+
+
+@pytest.fixture
+def plans(write_study: Callable[..., Path], tmp_path: Path) -> Plans:
+    """``plans(variants, controls=..., **changes)``: every row by its name, in order."""
+
+    def plan(variants: list[Part], *, controls: Any = None, **changes: Any) -> dict[str, Plan]:
+        settings = {"sampler": {"name": "ddim", "steps": STEPS}, **changes}
+        path = write_study(tmp_path, variants=variants, controls=controls, **settings)
+        found = plan_with_controls(load(str(path)), load_registry())
+        return {plan.experiment.name: plan for plan in found}
+
+    return plan
+
+
+def pair(name: str, callbacks: list[Part] | None = None, **more: Any) -> list[Part]:
+    """A row with these methods, and one with IEC on top."""
+    corrected = {"name": f"{name} + IEC", "extends": name, "callbacks": callbacks or [IEC]}
+    return [{"name": name, "efficiency": METHODS[name], **more}, corrected]
+
+
+def judges(plans: Mapping[str, Plan]) -> dict[str, dict[str, str]]:
+    return {
+        name: dict(plan.experiment.judges) for name, plan in plans.items() if plan.experiment.judges
+    }
+
+
+def rivals(plans: Mapping[str, Plan], row: str, relation: str = "equal-cost") -> list[str]:
+    """What is said of the rows that have this relation to the row."""
+    return [name for name, plan in plans.items() if plan.experiment.judges.get(row) == relation]
+
+
+def macs(plan: Plan) -> float:
+    expected = expected_evaluations(plan)
+    return evaluation_cost(plan).macs(expected.full, expected.cached)
+
+
+# --- what they cost -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_more_steps_and_a_smaller_interval_cost_the_same(name: str, plans: Plans) -> None:
+    """The steps and the interval as found by hand, from the work of an evaluation alone."""
+    found = plans(pair(name), controls=["equal-cost"])
+    work = evaluation_cost(found[name])
+    interval = INTERVAL if METHODS[name] and "interval" in METHODS[name][0] else 1
+
+    def work_of(steps: int, interval: int = interval) -> float:
+        full = math.ceil(steps / interval)
+        return work.full.macs * full + work.cached.macs * (steps - full)
+
+    target = work_of(STEPS) + math.ceil(STEPS / interval) * work.full.macs
+    assert macs(found[f"{name} + IEC"]) == target
+    steps = next(n for n in range(STEPS, 100) if work_of(n) >= 0.98 * target)
+    fresher = [n for n in range(1, interval) if 0.98 <= work_of(STEPS, n) / target <= 1.1]
+    wanted = [f"{steps} steps", *[f"interval {n}" for n in fresher[-1:]], "Heun"]
+    assert rivals(found, f"{name} + IEC") == [f"{name} + IEC: {label}" for label in wanted]
+    more = found[f"{name} + IEC: {steps} steps"]
+    assert macs(more) == work_of(steps)
+    assert (more.experiment.efficiency, more.experiment.callbacks) == (METHODS[name], [])
+    if fresher:
+        less = found[f"{name} + IEC: interval {fresher[-1]}"]
+        assert macs(less) == work_of(STEPS, fresher[-1])
+        assert less.experiment.sampler == found[name].experiment.sampler
+    assert fresher or interval == 1  # each cached row here has one
+
+
+SHALLOW: Part = {"name": "deepcache", "cut": 1}  # a cached evaluation is an eighth of a full one
+
+
+def test_of_several_intervals_the_largest_is_taken(plans: Plans) -> None:
+    """Of 100 steps, two are full with N = 50, and four are with any N from 25 to 33."""
+    row = {"name": "row", "efficiency": [{**SHALLOW, "interval": 50}], "callbacks": [IEC]}
+    found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 100})
+    assert [name for name in found if "interval" in name] == ["row: interval 33"]
+
+
+def test_the_next_number_of_steps_is_near_enough(plans: Plans) -> None:
+    """Where a step more is a full one, which costs more than 10 % of a short run."""
+    twice = [{**IEC, "weights": [0.5, 0.5]}]
+    row = {"name": "row", "efficiency": [{**SHALLOW, "interval": 5}], "callbacks": twice}
+    found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 5})
+    rival = found["row: 11 steps"]  # 3 full and 8 cached, against 3 full and 4 cached
+    assert macs(rival) > 1.1 * macs(found["row"])
+    assert found["row"].experiment.lacks == []
+
+
+def test_evaluations_are_counted_once_whatever_the_steps_and_the_interval(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = list[bool]()
+    count = cost._count
+
+    def noting(*arguments: Any, full: bool) -> Any:
+        counted.append(full)
+        return count(*arguments, full=full)
+
+    monkeypatch.setattr(cost, "_count", noting)
+    found = plans(pair("cached"))
+    assert len(rivals(found, "cached + IEC")) == 3
+    cost.evaluation_costs([*found.values()])
+    assert counted == [True, True, False]  # full precision's; the cached model's, two kinds
+
+
+def test_a_correction_of_some_steps_has_rivals_of_its_own_cost(plans: Plans) -> None:
+    some = [{**IEC, "where": {"ends": "1/10"}}]
+    found = plans(pair("plain", some), controls=["equal-cost"])
+    assert rivals(found, "plain + IEC") == ["plain + IEC: 24 steps", "plain + IEC: Heun"]
+    heun = found["plain + IEC: Heun"].experiment
+    assert heun.callbacks == [{"name": "iec", "preset": "heun", "where": {"ends": "1/10"}}]
+
+
+def test_a_row_that_costs_no_more_has_a_base_and_no_rivals(plans: Plans) -> None:
+    found = plans(pair("cached", [{**IEC, "weights": []}]), controls=["equal-cost", "halves"])
+    assert judges(found) == {"cached": {"cached + IEC": "base"}}
+
+
+def test_callbacks_of_others_are_corrections_too(plans: Plans) -> None:
+    found = plans(pair("cached", [{"name": "twice"}]), controls=["equal-cost", "zero-cost"])
+    labels = [name.rpartition(": ")[2] for name in rivals(found, "cached + IEC")]
+    assert labels[0].endswith("steps")
+    assert labels[1:] == ["interval 1"]  # every evaluation of it twice; not IEC: no Heun
+    assert rivals(found, "cached + IEC", "zero-cost") == []
+
+
+def test_a_method_without_an_interval_has_steps_only(plans: Plans) -> None:
+    rows = [{"name": "a", "efficiency": [{"name": "every-other"}], "callbacks": [IEC]}]
+    found = plans(rows, controls=["equal-cost"])
+    # a cached evaluation of this one costs as much as a full one
+    assert [*found] == ["a", "a: uncorrected", "a: 30 steps", "a: Heun"]
+
+
+# --- what cannot be had -------------------------------------------------------------------------
+
+
+def test_steps_that_a_sampler_refuses_are_passed_over(plans: Plans) -> None:
+    """The toy has 100 timesteps, of which the spacing ``ldm`` wants a divisor."""
+    found = plans(pair("plain"), controls=["equal-cost"], sampler=ldm(10))
+    assert rivals(found, "plain + IEC")[0] == "plain + IEC: 20 steps"
+    found = plans(pair("plain"), controls=["equal-cost"], sampler=ldm(20))
+    assert rivals(found, "plain + IEC") == ["plain + IEC: Heun"]
+    (lacking,) = found["plain + IEC"].experiment.lacks
+    assert lacking.startswith("more steps: no number of steps")
+    assert "25 cost too little" in lacking
+
+
+def ldm(steps: int) -> Part:
+    return {"name": "ddim", "spacing": "ldm", "steps": steps}
+
+
+def test_a_sampler_without_steps_is_no_error(plans: Plans) -> None:
+    found = plans(pair("plain"), controls=["equal-cost"], sampler={"name": "fixed"})
+    assert found["plain + IEC"].experiment.lacks == [
+        "more steps: sampler 'fixed' has no option called steps"
+    ]
+
+
+def test_a_row_that_cannot_be_counted_is_no_error(plans: Plans) -> None:
+    found = plans(pair("plain", [{"name": "uncountable"}]), controls=["equal-cost"])
+    assert [*found] == ["plain", "plain + IEC"]
+    (lacking,) = found["plain + IEC"].experiment.lacks
+    assert lacking.endswith("cannot be counted: not before it is told what to do")
+
+
+def test_a_control_that_nobody_has_listed_and_the_sampler_refuses_is_no_error(plans: Plans) -> None:
+    """IEC on a sampler that clips, where only the study's own row allows that."""
+    clipping = {"name": "ddim", "steps": STEPS, "clip_sample": True}
+    rows = pair("cached", [{**IEC, "allow_clipping": True}])
+    found = plans(rows, sampler=clipping)
+    assert "full precision + IEC" not in found
+    (lacking,) = found["full precision"].experiment.lacks
+    assert lacking.startswith("the control full precision + IEC: iec: the sampler clips")
+    assert found["cached + IEC: Heun"].experiment.callbacks[0]["allow_clipping"] is True
+    with pytest.raises(Incompatible, match=r"full precision \+ IEC: iec: the sampler clips"):
+        plans(rows, controls=["full-precision+iec"], sampler=clipping)
+
+
+def test_stages_that_are_no_methods_of_their_own_are_not_stacked(plans: Plans) -> None:
+    found = plans([{"name": "row", "efficiency": [{"name": "combined"}]}])
+    assert [*found] == ["full precision", "row"]
+    (lacking,) = found["row"].experiment.lacks
+    assert lacking.startswith("naive stacking: unknown efficiency method 'inner")
+
+
+# --- Heun, zero cost, halves, stacking ----------------------------------------------------------
+
+
+def test_heun_is_the_rival_of_one_correction_only(plans: Plans) -> None:
+    twice = plans(pair("plain", [{**IEC, "weights": [0.5, 0.5]}]), controls=["equal-cost"])
+    assert rivals(twice, "plain + IEC") == ["plain + IEC: 59 steps"]
+    heun = plans(pair("plain", [{**IEC, "preset": "heun"}]), controls=["equal-cost"])
+    assert rivals(heun, "plain + IEC") == ["plain + IEC: 39 steps"]  # the last step has none
+
+
+def test_zero_cost_rivals_are_the_base_with_one_callback(plans: Plans) -> None:
+    given = {**IEC, "weights": [0.25]}
+    found = plans(pair("quantized", [given]), controls=["zero-cost"])
+    labels = {
+        "epsilon scaling": {"name": "epsilon-scaling"},
+        "time shift": {"name": "time-shift"},
+        "scale-matched": {"name": "scale-matched", "of": given},
+    }
+    names = [f"quantized + IEC: {label}" for label in labels]
+    assert rivals(found, "quantized + IEC", "zero-cost") == names
+    for name, part in zip(names, labels.values(), strict=True):
+        row = found[name]
+        assert (row.experiment.callbacks, row.experiment.efficiency) == ([part], [QUANTIZER])
+        assert macs(row) == macs(found["quantized"])
+
+
+def test_halves_are_of_cached_rows(plans: Plans) -> None:
+    found = plans([*pair("cached"), *pair("quantized")], controls=["halves"])
+    halves = {"correction only": {**IEC, "refresh_cache": False}}
+    if "correct" in IECOptions.model_fields:
+        halves = {"refresh only": {**IEC, "correct": False}, **halves}
+    names = [f"cached + IEC: {label}" for label in halves]
+    assert rivals(found, "cached + IEC", "half") == names
+    assert rivals(found, "quantized + IEC", "half") == []
+    for name, part in zip(names, halves.values(), strict=True):
+        assert found[name].experiment.callbacks == [part]
+        assert macs(found[name]) == macs(found["cached + IEC"])
+    without = plans(pair("cached", [{**IEC, "refresh_cache": False}]), controls=["halves"])
+    assert rivals(without, "cached + IEC", "half") == []
+    assert without["cached + IEC"].experiment.lacks == []
+
+
+def test_the_parts_of_a_composite_are_stacked(plans: Plans) -> None:
+    both = {**CACHEQUANT, "schedule": "dps", "quantizer": {"weight_bits": 4}}
+    rows = [{"name": "both", "efficiency": [both]}, *pair("cachequant"), *pair("cached")]
+    found = plans(rows, controls=["naive-stacking"])
+    added = {name: plan.experiment for name, plan in found.items() if plan.experiment.control}
+    assert [*added] == ["both: naive stacking", "cachequant: naive stacking"]
+    assert added["both: naive stacking"].efficiency == [
+        {**CACHE, "schedule": "dps"},
+        {**QUANTIZER, "weight_bits": 4},
+    ]
+    assert added["cachequant: naive stacking"].efficiency == [CACHE, QUANTIZER]
+    assert added["cachequant: naive stacking"].judges == {"cachequant": "stacking"}
+
+
+# --- sharing ------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_there_judge_and_are_not_made_twice(plans: Plans) -> None:
+    known: list[Part] = [
+        {"name": "more", "efficiency": [CACHE], "sampler": {"steps": 30}},
+        {"name": "stacked", "efficiency": [CACHE, {**QUANTIZER, "weight_bits": 8}]},
+        {"name": "half", "efficiency": [CACHE], "callbacks": [{**IEC, "refresh_cache": False}]},
+    ]
+    rows = [*pair("cached"), pair("cachequant")[0]]
+    first = plans(rows)
+    steps = found_steps(first, "cached + IEC")
+    known[0]["sampler"]["steps"] = steps
+    found = plans([*rows, *known])
+    assert found["more"].experiment.judges["cached + IEC"] == "equal-cost"
+    assert found["stacked"].experiment.judges == {"cachequant": "stacking"}
+    assert found["half"].experiment.judges["cached + IEC"] == "half"
+    merged = {f"cached + IEC: {steps} steps", "cached + IEC: correction only"}
+    assert merged | {"cachequant: naive stacking"} <= first.keys()
+    assert not (merged | {"cachequant: naive stacking"}) & found.keys()
+    prints = [plan.fingerprint for plan in found.values()]
+    assert len(set(prints)) == len(prints)
+
+
+def found_steps(plans: Mapping[str, Plan], row: str) -> int:
+    (name,) = [name for name in rivals(plans, row) if name.endswith(" steps")]
+    return len(plans[name].sampler.timesteps)
+
+
+def test_rows_that_need_the_same_rival_share_it(plans: Plans) -> None:
+    other = {"name": "softer", "extends": "cached", "callbacks": [{**IEC, "weights": [0.25]}]}
+    found = plans([*pair("cached"), other], controls=["equal-cost"])
+    steps = f"cached + IEC: {found_steps(found, 'cached + IEC')} steps"
+    assert found[steps].experiment.judges == {
+        "cached + IEC": "equal-cost",
+        "softer": "equal-cost",
+    }
+    assert [name for name in found if name.startswith("softer")] == ["softer"]
+
+
+def test_each_row_is_followed_by_what_was_added_for_it(plans: Plans) -> None:
+    found = plans([*pair("cached"), *pair("plain"), *pair("quantized")])
+    own, owner = list[str](), ""
+    for name in found:
+        if ": " not in name:
+            own.append(owner := name)
+        assert name == owner or name.startswith(f"{owner}: ")
+    names = [
+        f"{name}{more}" for name in ("cached", "plain", "quantized") for more in ("", " + IEC")
+    ]
+    assert own == names  # plain is full precision
+
+
+def test_a_base_is_added_where_a_rival_needs_it(plans: Plans) -> None:
+    row = {"name": "row", "efficiency": [CACHE], "callbacks": [IEC]}
+    for controls in (["equal-cost"], ["zero-cost"], ["halves"]):
+        found = plans([row], controls=controls)
+        base = found["row: uncorrected"].experiment
+        assert base.judges == {"row": "base"}
+        assert (base.efficiency, base.callbacks, base.control) == ([CACHE], [], True)
+    assert [*plans([row], controls=["full-precision"])] == ["full precision", "row"]
+    both = plans([{**row, "efficiency": [CACHEQUANT]}], controls=["equal-cost", "naive-stacking"])
+    assert [name for name in both if name.endswith("naive stacking")] == [
+        "row: uncorrected: naive stacking"  # not of each rival
+    ]
+    stacked = both["row: uncorrected: naive stacking"].experiment
+    assert stacked.judges == {"row: uncorrected": "stacking"}
+
+
+def test_names_differ_from_those_of_the_study(plans: Plans) -> None:
+    """Also where a row of the study is called like a control and is something else."""
+    taken = [
+        {"name": "plain + IEC: Heun", "efficiency": [QUANTIZER]},
+        {"name": "full precision", "sampler": {"steps": 3}},
+    ]
+    found = plans([*pair("cached"), *pair("plain"), *taken])
+    assert "plain + IEC: Heun (control)" in found
+    assert found["full precision"].experiment.sampler["steps"] == 3
+
+
+# --- which there are ----------------------------------------------------------------------------
+
+
+def added(plans: Mapping[str, Plan]) -> list[str]:
+    return [name for name, plan in plans.items() if plan.experiment.control]
+
+
+def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
+    rows = pair("cached")
+    assert added(plans(rows, controls=[])) == []
+    assert judges(plans(rows, controls=[])) == {}
+    some = plans(rows, controls=["full-precision"])
+    assert added(some) == ["full precision"]
+    assert judges(some) == {
+        "full precision": {"cached": "full-precision"},
+        "cached": {"cached + IEC": "base"},
+    }
+    every = plans(rows)
+    labels = {name.rpartition(": ")[2] for name in added(every)}
+    wanted = {"full precision", "full precision + IEC", "Heun", "epsilon scaling", "time shift"}
+    assert wanted | {"scale-matched", "correction only"} <= labels
+    assert rivals(every, "full precision + IEC")  # which is a corrected row too
+
+
+def test_without_a_list_only_what_applies_is_added(plans: Plans) -> None:
+    assert added(plans([{"name": "cached", "efficiency": [CACHE]}])) == ["full precision"]
+    own = [{"name": "mine"}, {"name": "my IEC", "callbacks": [IEC]}]
+    assert not {"full precision", "full precision + IEC"} & {*added(plans(own))}
+    twice = [{"name": "cached", "efficiency": [CACHE], "callbacks": [{"name": "twice"}]}]
+    assert "full precision + IEC" not in added(plans(twice))
+
+
+def test_full_precision_is_none_of_the_rivals(plans: Plans) -> None:
+    """Rivals of full precision + IEC have no methods and callbacks either."""
+    fewer = {"name": "fewer + IEC", "sampler": {"steps": 10}, "callbacks": [IEC]}
+    for rows, name in (
+        ([fewer, {"name": "mine"}], "mine"),
+        ([fewer, *pair("cached")], "full precision"),
+    ):
+        found = [plan.experiment for plan in plans(rows).values()]
+        assert sum(not row.efficiency and not row.callbacks for row in found) > 2
+        base = full_precision(found)
+        assert base is not None
+        assert base.name == name
+
+
+# --- real rows ----------------------------------------------------------------------------------
+
+
+def images(folder: Path) -> torch.Tensor:
+    chunks = sorted(folder.glob("chunks/*.safetensors"))
+    return torch.cat([read_sealed(chunk)[0]["images"] for chunk in chunks])
+
+
+def test_a_rival_is_what_a_study_that_names_it_makes(
+    cli: Callable[..., Result], write_study: Callable[..., Path], toy: Toy, tmp_path: Path
+) -> None:
+    """The same images and costs; the results say whom each row judges, and what there is."""
+    controls = ["equal-cost", "halves"]
+    shared = {"images": {"seed": 3, "count": 4}, "calibration": {"seed": 1, "images": 2}}
+    study = write_study(tmp_path, variants=VARIANTS[1:], controls=controls, **shared)
+    assert cli("launch", study, "-o", tmp_path / "a").exit_code == 0
+    results = read_results(tmp_path / "a" / "results.json")
+    assert results.controls == controls
+    found = {row.name: row for row in results.variants if row.control}
+    shown = {row["name"]: row for row in json.loads(cli("show", study, "--json").stdout)["rows"]}
+    assert {name: row.judges for name, row in found.items()} == {
+        name: shown[name]["judges"] for name in found
+    }
+    by_hand = [
+        {
+            "name": f"by hand {i}",
+            "efficiency": row.efficiency,
+            "callbacks": row.callbacks,
+            "sampler": {"steps": shown[row.name]["steps"]},
+        }
+        for i, row in enumerate(found.values())
+    ]
+    again = write_study(tmp_path, variants=by_hand, **shared)
+    assert cli("launch", again, "-o", tmp_path / "b").exit_code == 0
+    own = read_results(tmp_path / "b" / "results.json").variants
+    for row, other in zip(found.values(), own, strict=True):
+        (here,), (there,) = (
+            [*(tmp_path / place).glob(f"*-{one.fingerprint[:8]}")]
+            for place, one in (("a", row), ("b", other))
+        )
+        assert torch.equal(images(here), images(there))
+        assert row.cost.macs_per_image == other.cost.macs_per_image
+        assert row.cost.macs_per_image == shown[row.name]["macs_per_image"]
+    assert len(found) >= 3
+
+
+def test_show_says_what_an_added_row_is_for(
+    cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = write_study(tmp_path, variants=pair("plain"), controls=["equal-cost"], sampler=ldm(20))
+    lines = cli("show", study).stdout.splitlines()
+    heun = next(i for i, line in enumerate(lines) if line.startswith("plain + IEC: Heun: "))
+    assert "39 full + 0 cached evaluations" in lines[heun]
+    assert lines[heun + 1] == "    equal-cost rival of plain + IEC"
+    lacking = [line for line in lines if line.startswith("    lacks more steps: no number")]
+    assert len(lacking) == 1
+    rows = {row["name"]: row for row in json.loads(cli("show", study, "--json").stdout)["rows"]}
+    assert rows["plain + IEC: Heun"]["judges"] == {"plain + IEC": "equal-cost"}
+    assert rows["plain + IEC"]["lacks"]
