@@ -41,12 +41,14 @@ from iec_eval.study import Experiment, Part, Study, digest, full_precision
 class Plan:
     """One experiment with its parts built: everything but the weights.
 
-    ``identity`` is the model's, asked for once: it takes hashing every file.
+    ``identity`` is the model's, asked for once: it takes hashing every file. ``batching`` are the
+    sizes that decide images where a part lets those of a batch depend on each other.
     """
 
     experiment: Experiment
     model: DiffusionModel
     identity: Mapping[str, str]
+    batching: Mapping[str, int]
     sampler: Sampler
     methods: Sequence[EfficiencyMethod]
     callbacks: Sequence[DenoisingCallback]
@@ -90,8 +92,7 @@ class Assembly:
 class Planner:
     """Plans the rows of one study, which share the model; those with equal samplers share it too.
 
-    ``identity`` is the model's, empty where its files are not there; ``batching`` are the sizes
-    that decide images where a part lets those of a batch depend on each other.
+    ``identity`` is the model's, empty where its files are not there; ``batching`` as in a plan.
     """
 
     registry: Registry
@@ -115,7 +116,9 @@ class Planner:
             for i, part in enumerate(row.callbacks)
         ]
         fingerprint = self._fingerprint(row, methods, callbacks)
-        plan = Plan(row, self.model, self.identity, sampler, methods, callbacks, fingerprint)
+        plan = Plan(
+            row, self.model, self.identity, self.batching, sampler, methods, callbacks, fingerprint
+        )
         _check(plan)
         return plan
 
@@ -174,12 +177,12 @@ def plan_rows(planner: Planner, rows: Iterable[Experiment]) -> list[Plan]:
 
 
 def plan_like(plan: Plan, registry: Registry, **changes: Any) -> Plan:
-    """The plan of the same row with other ``efficiency`` or ``callbacks``, say.
+    """The plan of the same row with other ``efficiency``, ``callbacks`` or ``images``, say.
 
     Raises UnknownName, ConfigError or Incompatible, as :func:`plan_study`.
     """
     row = plan.experiment.model_copy(update=changes)
-    return Planner(registry, plan.model, plan.identity, {}).plan(row)
+    return Planner(registry, plan.model, plan.identity, plan.batching).plan(row)
 
 
 def plan_study(study: Study, registry: Registry, lacking: list[str] | None = None) -> list[Plan]:

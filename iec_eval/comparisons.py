@@ -77,10 +77,8 @@ def _with_interval(row: Variant, name: str, estimates: Estimates) -> Measurement
     if measured.delta is None or measured.delta.ci95 is not None:
         return measured
     gap = _difference(estimates, name, row.name, measured.delta.versus)
-    interval = gap.interval() if gap else None
-    return measured.model_copy(
-        update={"delta": measured.delta.model_copy(update={"ci95": interval})}
-    )
+    found = {"ci95": gap.interval(), "spread": gap.spread()} if gap else {}
+    return measured.model_copy(update={"delta": measured.delta.model_copy(update=found)})
 
 
 def _comparisons(

@@ -20,6 +20,7 @@ from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.progress import Progress
 from iec_eval.results import Cost, Measurement, Variant
 from iec_eval.runs import NOTHING_SPENT, IndexRange, VariantFolder, covering
+from iec_eval.study import digest
 
 Reader = Callable[[IndexRange, slice], Any]
 
@@ -123,6 +124,43 @@ def score(
     return Scored(row.model_copy(update=found), estimates)
 
 
+def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
+    """One row of the results from the same row scored for each seed, by the name of its job.
+
+    Numbers and costs are means over seeds. The row is finished if it is for every seed; else it
+    says for which it is not, and has no numbers.
+    """
+    rows = {name: scored.row for name, scored in of_seeds.items()}
+    first = next(iter(rows.values()))
+    identity = digest([row.fingerprint for row in rows.values()])
+    errors = [f"{name}: {row.error}" for name, row in rows.items() if row.error]
+    found = {"fingerprint": identity, "error": "; ".join(errors) or None}
+    states = {row.status for row in rows.values()}
+    if states != {"done"}:
+        status = "failed" if "failed" in states else "partial"
+        bare = {"metrics": {}, "cost": Cost(), "status": status}
+        return Scored(first.model_copy(update=found | bare))
+    numbers = [scored.estimates for scored in of_seeds.values()]
+    estimates = {
+        name: Estimate.mean([of_seed[name] for of_seed in numbers])
+        for name in numbers[0]
+        if all(name in of_seed for of_seed in numbers)
+    }
+    measured = {name: _measured(one) for name, one in estimates.items()}
+    cost = _mean_cost([row.cost for row in rows.values()])
+    return Scored(first.model_copy(update=found | {"metrics": measured, "cost": cost}), estimates)
+
+
+def _mean_cost(of_seeds: Sequence[Cost]) -> Cost:
+    """Relative costs are not known yet."""
+    first, found = of_seeds[0], {}
+    for name, value in first:
+        values = [getattr(cost, name) for cost in of_seeds]
+        if isinstance(value, float):
+            found[name] = math.fsum(values) / len(values)
+    return first.model_copy(update=found)
+
+
 def groups(metrics: Sequence[Metric]) -> int:
     """How many times evaluation goes over the images of a row, at most."""
     # not by "in": comparing two torchmetrics makes a third, which is always true
@@ -180,7 +218,7 @@ def _lacking(base: Job, metrics: Sequence[Metric]) -> str | None:
     paired = ", ".join(metric.name for metric in metrics if isinstance(metric, PairedMetric))
     if not paired:
         return None
-    name, failure = base.plan.experiment.name, base.folder.failure()
+    name, failure = base.name, base.folder.failure()
     if failure:
         return f"{paired}: the row compared with, {name!r}, failed ({failure})"
     try:
@@ -211,7 +249,12 @@ def _estimated(metric: Metric, again: Iterable[tuple[Any, torch.Tensor]]) -> dic
 
 
 def _measured(estimate: Estimate) -> Measurement:
-    return Measurement(value=estimate.value, ci95=estimate.interval())
+    return Measurement(
+        value=estimate.value,
+        ci95=estimate.interval(),
+        by_seed=list(estimate.by_seed),
+        spread=estimate.spread(),
+    )
 
 
 def _empty_row(job: Job) -> Variant:

@@ -92,7 +92,7 @@ class GenerationModule(LightningModule):
             self.ended = error  # all variants share disk, weights and processes
 
     def _do(self, task: Task) -> None:
-        self._progress.describe(task.job.plan.experiment.name)
+        self._progress.describe(task.job.name)
         try:
             if task.network is None:
                 self._make(task)

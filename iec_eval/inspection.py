@@ -13,7 +13,7 @@ from iec_eval import status
 from iec_eval.assembly import artifact_keys, missing_artifacts
 from iec_eval.cost import EvaluationCost, evaluation_costs, expected_evaluations
 from iec_eval.errors import ConfigError, CorruptFile
-from iec_eval.jobs import Job
+from iec_eval.jobs import Job, by_row
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
@@ -34,8 +34,9 @@ def study_rows(
     jobs: Sequence[Job], study: Study, run: RunFolder, tflops: float
 ) -> list[dict[str, Any]]:
     """What each row would do, need and still lacks, and its hours at ``tflops`` 10^12 FLOP/s."""
-    costs = evaluation_costs([job.plan for job in jobs])
-    return [_row(job, cost, study, run, tflops) for job, cost in zip(jobs, costs, strict=True)]
+    rows = by_row(jobs)
+    costs = evaluation_costs([of_seeds[0].plan for of_seeds in rows])
+    return [_row(row, cost, study, run, tflops) for row, cost in zip(rows, costs, strict=True)]
 
 
 def rows_listing(jobs: Sequence[Job], study: Study, run: RunFolder) -> dict[str, Any]:
@@ -60,8 +61,7 @@ def rows_listing(jobs: Sequence[Job], study: Study, run: RunFolder) -> dict[str,
 
 def _listed(job: Job) -> dict[str, Any]:
     keys = [{"part": part.name, "key": key} for part, key in artifact_keys(job.plan)]
-    name = job.plan.experiment.name
-    return {"name": name, "folder": job.folder.path.name, "artifacts": keys}
+    return {"name": job.name, "folder": job.folder.path.name, "artifacts": keys}
 
 
 def _known_macs(run: RunFolder) -> dict[str, float | None]:
@@ -148,7 +148,7 @@ def part_as_text(part: dict[str, Any]) -> str:
 
 def calibration_as_text(job: Job, run: RunFolder) -> str:
     """A line per row: which of its parts are calibrated, or why not."""
-    name = job.plan.experiment.name
+    name = job.name
     if job.folder.error_file.is_file():
         return f"{name}: failed, {job.folder.error_file.read_text().splitlines()[0]}"
     states = [f"{a['part']} {a['artifact'][:8]} {a['state']}" for a in _artifacts(job, run)]
@@ -164,12 +164,13 @@ def _artifacts(job: Job, run: RunFolder) -> list[dict[str, str]]:
 
 
 def _row(
-    job: Job, cost: EvaluationCost, study: Study, run: RunFolder, tflops: float
+    jobs: Sequence[Job], cost: EvaluationCost, study: Study, run: RunFolder, tflops: float
 ) -> dict[str, Any]:
+    job, size = jobs[0], study.execution.chunk_size
     expected = expected_evaluations(job.plan)
     macs = cost.macs(expected.full, expected.cached)
     channels, height, width = job.plan.model.image_shape
-    count = study.images.count
+    count = study.images.count * len(jobs)
     return {
         "name": job.plan.experiment.name,
         "fingerprint": job.plan.fingerprint if job.plan.identity else None,
@@ -187,7 +188,8 @@ def _row(
         "bit_operations_per_image": cost.bit_operations(expected.full, expected.cached),
         "weight_bytes": cost.weight_bytes,
         "images": count,
-        "missing": sum(len(part) for part in job.missing(study.execution.chunk_size)),
+        "seeds": study.images.seeds,
+        "missing": sum(len(part) for one in jobs for part in one.missing(size)),
         "disk_bytes": count * channels * height * width,
         "hours": 2 * macs * count / (tflops * 1e12) / 3600,
     }
@@ -201,9 +203,13 @@ def _row_as_text(row: dict[str, Any]) -> str:
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
-        f"images missing, {quantity(row['disk_bytes'], 'B')} on disk, "
+        f"images{_seeds(row['seeds'])} missing, {quantity(row['disk_bytes'], 'B')} on disk, "
         f"{_hours(row['hours'])}{calibration}{_judges_as_text(row['judges'])}{lacks}"
     )
+
+
+def _seeds(seeds: Sequence[int] | None) -> str:
+    return f" of {len(seeds)} seeds" if seeds else ""
 
 
 def _judges_as_text(judges: Mapping[str, Relation]) -> str:

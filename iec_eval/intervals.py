@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -36,17 +37,31 @@ class Estimate:
     """A number, with what its interval is made of.
 
     Attributes:
-        value: the number.
+        value: the number; the mean over seeds where there are several.
         influence: float64 ``[N]``, in the order of the images' indices: the derivative of the
             number with respect to the weight of each image, times N, less its mean. None where
-            there is none.
+            there is none. Of S seeds ``[S N]``, seed after seed.
         without: float64 ``[G]``, the number without each of :data:`GROUPS` groups of images, as
-            :func:`groups_of` groups them; for a number without influence values.
+            :func:`groups_of` groups them; for a number without influence values. Of S seeds
+            ``[S, G]``.
+        by_seed: the number of each seed; empty for that of one.
     """
 
     value: float
     influence: Tensor | None = None
     without: Tensor | None = None
+    by_seed: tuple[float, ...] = ()
+
+    @classmethod
+    def mean(cls, of_seeds: Sequence[Estimate]) -> Estimate:
+        """The mean of one number over seeds, which are independent of each other."""
+        values = tuple(one.value for one in of_seeds)
+        return cls(
+            math.fsum(values) / len(values),
+            _joined([one.influence for one in of_seeds], torch.cat),
+            _joined([one.without for one in of_seeds], torch.stack),
+            values,
+        )
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference: both are of rows that share their images' noise by index."""
@@ -54,15 +69,22 @@ class Estimate:
             self.value - other.value,
             _difference(self.influence, other.influence),
             _difference(self.without, other.without),
+            tuple(one - two for one, two in zip(self.by_seed, other.by_seed, strict=True)),
         )
+
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
 
     def standard_error(self) -> float | None:
         """The standard deviation of the number over draws of N images; None if nothing tells."""
         if self.influence is not None and len(self.influence) > 1:
             return float(self.influence.std()) / math.sqrt(len(self.influence))
         if self.without is not None:
-            count = len(self.without)
-            return float(self.without.std(correction=0)) * math.sqrt(count - 1)
+            *seeds, groups = self.without.shape
+            # a mean of independent numbers: variances add up, over the square of their count
+            variance = float(self.without.var(-1, correction=0).sum()) * (groups - 1)
+            return math.sqrt(variance) / math.prod(seeds)
         return None
 
     def interval(self, level: float = LEVEL) -> Interval | None:
@@ -76,8 +98,9 @@ class Estimate:
             return None
         if not math.isfinite(error):
             raise ValueError(f"the standard error of {self.value} is {error}")
-        grouped = self.influence is None
-        freedom = len(self.without) - 1 if grouped and self.without is not None else None
+        freedom = None
+        if self.influence is None and self.without is not None:
+            freedom = self.without.numel() - self.without.numel() // self.without.shape[-1]
         half = quantile(level, freedom) * error
         return self.value - half, self.value + half
 
@@ -85,9 +108,16 @@ class Estimate:
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return None
-    if len(one) != len(other):
-        raise ValueError(f"no paired difference of {len(one)} and {len(other)} values")
+    if one.shape != other.shape:
+        raise ValueError(f"no paired difference of {one.shape} and {other.shape} values")
     return one - other
+
+
+def _joined(
+    found: Sequence[Tensor | None], join: Callable[[list[Tensor]], Tensor]
+) -> Tensor | None:
+    known = [one for one in found if one is not None]
+    return join(known) if len(known) == len(found) else None
 
 
 def is_spread(name: str) -> bool:

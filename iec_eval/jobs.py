@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ EXTRACTED = 128  # images a feature network sees at once, whatever a file holds
 class Job:
     """A plan, the folder its images go to, and the networks whose features of them are wanted.
 
+    A row of several seeds is several jobs.
+
     Images may be deleted only where no metric reads them: ``keep_images`` says so.
     """
 
@@ -34,8 +37,14 @@ class Job:
     keep_images: bool = True
 
     @property
+    def name(self) -> str:
+        """The row's name, and the seed where the row has several."""
+        row = self.plan.experiment
+        return row.name if row.images.seeds is None else f"{row.name} (seed {row.images.seed})"
+
+    @property
     def count(self) -> int:
-        """Images of the row."""
+        """Images of the row and seed."""
         return self.plan.experiment.images.count
 
     def finished(self) -> list[IndexRange]:
@@ -71,6 +80,11 @@ class Job:
             for part in chunks
             if not features_file(self.folder, part, network).is_file()
         ]
+
+
+def by_row(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs of each row, which follow one another: one for each seed."""
+    return [list(found) for _, found in groupby(jobs, lambda job: job.plan.experiment.name)]
 
 
 def stored_features(folder: VariantFolder, part: IndexRange, network: FeatureNetwork) -> Features:

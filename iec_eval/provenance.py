@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from iec_eval import __version__
-from iec_eval.assembly import Plan
 from iec_eval.errors import CorruptFile
+from iec_eval.jobs import Job
 from iec_eval.plugins import Distribution
 from iec_eval.study import Study
 
@@ -26,7 +26,7 @@ OPTIONAL = ("transformers",)
 
 def manifest(
     study: Study,
-    plans: Sequence[Plan],
+    jobs: Sequence[Job],
     protocol: Mapping[str, Any],
     plugins: Sequence[Distribution],
 ) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def manifest(
         "iec_eval": __version__,
         "git": git_state(Path(__file__).parent),
         "study": study.model_dump(mode="json"),
-        "fingerprints": {plan.experiment.name: plan.fingerprint for plan in plans},
-        "model_files": dict(plans[0].identity),
+        "fingerprints": {job.name: job.plan.fingerprint for job in jobs},
+        "model_files": dict(jobs[0].plan.identity),
         "protocol": dict(protocol),
         "versions": versions(),
         "plugins": [asdict(plugin) for plugin in plugins],
@@ -51,7 +51,8 @@ def recorded_images(path: Path) -> dict[str, Any] | None:
     """
     try:
         images = json.loads(path.read_text(encoding="utf-8"))["study"]["images"]
-        return {key: value for key, value in images.items() if key != "count"}
+        other = "seed" if images.get("seeds") else "seeds"  # the one that says nothing
+        return {key: value for key, value in images.items() if key not in ("count", other)}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -38,11 +38,15 @@ class _Part(BaseModel):
 
 
 class Delta(_Part):
-    """Value of a row minus value of the row ``versus``, over the same image indices."""
+    """Value of a row minus value of the row ``versus``, over the same image indices.
+
+    ``spread`` is the standard deviation of the difference over seeds.
+    """
 
     versus: str
     value: float
     ci95: Interval | None = None
+    spread: float | None = None
 
 
 class Comparison(_Part):
@@ -65,11 +69,18 @@ class Comparison(_Part):
 
 
 class Measurement(_Part):
-    """One metric of one row; ``value`` is None for a row that has none."""
+    """One metric of one row; ``value`` is None for a row that has none.
+
+    In a study of several seeds ``value`` is the mean over them, ``by_seed`` are the values of
+    each, in the order of the study's ``seeds``, and ``spread`` is their standard deviation, None
+    for fewer than two. ``ci95`` is of the mean.
+    """
 
     value: float | None
     ci95: Interval | None = None
     delta: Delta | None = None
+    by_seed: list[float] = Field(default_factory=list)
+    spread: float | None = None
 
 
 class Cost(_Part):
@@ -122,6 +133,8 @@ class Variant(_Part):
 class Results(_Part):
     """Everything a study measured; ``images`` is the number of images of each finished row.
 
+    Where there are ``seeds``, it is that of each seed, and every row was made once for each.
+
     ``controls`` are the kinds of rows that the tool added where they apply, [] if that was switched
     off; None in files from before that was noted.
     """
@@ -129,6 +142,7 @@ class Results(_Part):
     schema_: Literal[1] = Field(default=1, alias="schema")
     study: str
     images: int
+    seeds: list[int] | None = None
     protocol: dict[str, JsonValue]
     controls: list[str] | None = None
     variants: list[Variant]

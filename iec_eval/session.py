@@ -11,11 +11,11 @@ import yaml
 
 from iec_eval import inspection, processes, status
 from iec_eval import study as studies
-from iec_eval.assembly import Plan, plan_metrics
+from iec_eval.assembly import plan_like, plan_metrics
 from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
 from iec_eval.evaluation import networks
-from iec_eval.jobs import Job
+from iec_eval.jobs import Job, by_row
 from iec_eval.metrics.base import Metric
 from iec_eval.plugins import Registry, load_registry
 from iec_eval.runs import RunFolder
@@ -27,7 +27,8 @@ from iec_eval.study import Study
 class Session:
     """A study with everything checked and built but the weights.
 
-    ``launch`` is what all processes that work on it together share.
+    ``jobs`` are those of each row in turn, one for each seed. ``launch`` is what all processes
+    that work on it together share.
     """
 
     study: Study
@@ -38,8 +39,14 @@ class Session:
     launch: str
 
     @property
-    def plans(self) -> list[Plan]:
-        return [job.plan for job in self.jobs]
+    def rows(self) -> list[list[Job]]:
+        """The jobs of each row, one for each seed."""
+        return by_row(self.jobs)
+
+    @property
+    def firsts(self) -> list[Job]:
+        """Of each row the job of its first seed, for what does not differ between seeds."""
+        return [jobs[0] for jobs in self.rows]
 
     @property
     def directions(self) -> dict[str, bool]:
@@ -61,6 +68,11 @@ def prepare(
     registry = load_registry()
     _tell_broken(registry)
     plans = plan_with_controls(study, registry, lacking)
+    of_seeds = [
+        plan if images == plan.experiment.images else plan_like(plan, registry, images=images)
+        for plan in plans
+        for images in study.images.each()
+    ]
     metrics = plan_metrics(study, registry, plans[0].model, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     keep = study.execution.keep_images
@@ -69,7 +81,7 @@ def prepare(
         _refuse_readers_of_images(metrics)
     jobs = [
         Job(plan, run.variant(plan.experiment.name, plan.fingerprint), wanted, keep)
-        for plan in plans
+        for plan in of_seeds
     ]
     return Session(study, registry, run, jobs, metrics, processes.launch_id())
 
@@ -88,9 +100,10 @@ def open_run(session: Session, *, retry: bool = True) -> None:
     session.run.tidy()
     with session.run.claims(session.study.execution.claim_timeout, session.launch) as claims:
         claims.tidy()
+    for row in (job.plan.experiment for job in session.firsts):
+        for rival in row.lacks:
+            print(f"iec-eval: {row.name} lacks {rival}", file=sys.stderr)
     for job in session.jobs:
-        for rival in job.plan.experiment.lacks:
-            print(f"iec-eval: {job.plan.experiment.name} lacks {rival}", file=sys.stderr)
         if retry:
             job.folder.forget_failure(session.launch)
         job.folder.tidy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from iec_eval import processes, provenance, ranks
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
 from iec_eval.comparisons import with_comparisons
-from iec_eval.cost import evaluation_costs
+from iec_eval.cost import EvaluationCost, evaluation_costs
 from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
-from iec_eval.evaluation import groups, protocol
+from iec_eval.evaluation import Scored, groups, over_seeds, protocol
 from iec_eval.evaluation import score as score_row
 from iec_eval.generation import generate, record_failure, use_all_threads
 from iec_eval.jobs import SHOWN, Job
@@ -122,18 +123,18 @@ def _scored(session: Session) -> Results:
     _check_shown(session)
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
-    base = _full_precision_job(session)
+    costs = evaluation_costs([job.plan for job in session.firsts])
     rows, estimates = [], {}
-    for job, cost in zip(session.jobs, evaluation_costs(session.plans), strict=True):
-        name = job.plan.experiment.name
-        progress.describe(f"scoring {name}")
-        scored = score_row(job, session.metrics, cost, progress, base)
+    for jobs, cost in zip(session.rows, costs, strict=True):
+        scored = _scored_row(session, jobs, cost, progress)
+        name = scored.row.name
         rows.append(scored.row.model_copy(update=session.study.remarks(name)))
         estimates[name] = scored.estimates
     progress.close()
     results = Results(
         study=session.study.study,
         images=session.study.images.count,
+        seeds=session.study.images.seeds,
         protocol=protocol(session.metrics),
         controls=list(session.study.wanted_controls()),
         variants=rows,
@@ -142,19 +143,27 @@ def _scored(session: Session) -> Results:
     return with_comparisons(results, estimates, session.directions)
 
 
-def _full_precision_job(session: Session) -> Job | None:
-    row = full_precision(plan.experiment for plan in session.plans)
-    return next((job for job in session.jobs if job.plan.experiment is row), None)
+def _scored_row(
+    session: Session, jobs: Sequence[Job], cost: EvaluationCost, progress: Progress
+) -> Scored:
+    """A row, each seed against the full-precision row of the same seed."""
+    base = full_precision([of_seeds[0].plan.experiment for of_seeds in session.rows])
+    bases = next((found for found in session.rows if found[0].plan.experiment is base), [])
+    scored = {}
+    for job, of_base in zip_longest(jobs, bases):
+        progress.describe(f"scoring {job.name}")
+        scored[job.name] = score_row(job, session.metrics, cost, progress, of_base)
+    return scored[jobs[0].name] if session.study.images.seeds is None else over_seeds(scored)
 
 
 def report(session: Session, results: Results) -> list[Path]:
     """Write everything that shows the results; all files of the run's results."""
     folder = session.run.path
     made = provenance.manifest(
-        session.study, session.plans, results.protocol, session.registry.distributions
+        session.study, session.jobs, results.protocol, session.registry.distributions
     )
     write_json(folder / "manifest.json", made)
-    rows = [row for job in session.jobs if (row := _gallery_row(job)) is not None]
+    rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
     paths = write_report(folder, results, rows, made, directions=session.directions, columns=SHOWN)
     return [folder / "results.json", *paths, folder / "manifest.json"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from iec_eval.errors import ConfigError, UnknownName
 from iec_eval.options import BaseOptions, validated
@@ -27,11 +27,37 @@ Relation = Literal["base", "equal-cost", "zero-cost", "half", "stacking", "full-
 INHERITED = ("sampler", "efficiency", "callbacks")
 
 
-class ImagesSpec(BaseOptions):
-    """Which images: the seed of their noise, and how many."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-    seed: int = Field(0, ge=0, lt=2**63, description="of the noise")
-    count: int = Field(50_000, ge=1, description="images per variant")
+
+class ImagesSpec(BaseOptions):
+    """Which images: the seed of their noise, or several, and how many of each seed.
+
+    Where there are ``seeds``, each row is made and scored once for each of them; ``seed`` is then
+    the one that an experiment is about, in a study the first of them.
+    """
+
+    seed: Seed = Field(0, description="of the noise")
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(
+        None, description="of the noise, several instead of one"
+    )
+    count: int = Field(50_000, ge=1, description="images per variant and seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(values.get("seeds"), list):
+            return values
+        seeds = values["seeds"]
+        if "seed" in values:
+            raise ValueError("seed and seeds are both given; wanted one of them")
+        if any(seeds.count(seed) > 1 for seed in seeds):
+            raise ValueError(f"seeds {seeds}: wanted each once")
+        return {**values, "seed": seeds[0]} if seeds else values
+
+    def each(self) -> list[ImagesSpec]:
+        """The same for each seed."""
+        return [self.model_copy(update={"seed": seed}) for seed in self.seeds or [self.seed]]
 
 
 class CalibrationSpec(BaseOptions):

@@ -130,7 +130,11 @@ def show(
     rows = inspection.study_rows(session.jobs, session.study, session.run, tflops)
     scaled = None
     if scale is not None:
-        macs = [row["macs_per_image"] for row in rows]
+        macs = [
+            row["macs_per_image"]
+            for row, jobs in zip(rows, session.rows, strict=True)
+            for _ in jobs
+        ]
         scaled = scale.answered(session.jobs, macs, session.study, session.metrics, tflops)
     if not as_json:
         text = inspection.study_as_text(session.study, rows, lacking, tflops)
@@ -155,7 +159,7 @@ def analyze(source: str, overrides: Sequence[str], out: Path | None, question: Q
     use_all_threads(session.study.execution)
     return analyze_rows(
         session.study,
-        session.jobs,
+        session.firsts,
         session.run,
         session.registry,
         question,

@@ -100,7 +100,7 @@ def workload(
         image_bytes=values,
         weight_bytes=stored_bytes(model.skeleton()),
         rows=tuple(
-            RowWork(job.plan.experiment.name, speed.seconds, speed.basis)
+            RowWork(job.name, speed.seconds, speed.basis)
             for job, speed in zip(jobs, speeds, strict=True)
         ),
         networks=tuple(_network(name, one, jobs, seconds_per_mac) for name, one in networks),
@@ -121,7 +121,7 @@ def row_speeds(
 
     Raises UnknownName if ``given`` names no row.
     """
-    names = [job.plan.experiment.name for job in jobs]
+    names = [job.name for job in jobs]
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise UnknownName("row in --seconds-per-image:", unknown[0], names)

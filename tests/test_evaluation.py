@@ -114,7 +114,8 @@ def launched(make_run: Callable[..., Run]) -> Run:
 
 def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
     results = launched.results
-    assert results.keys() == {"schema", "study", "images", "protocol", "controls", "variants"}
+    known = {"schema", "study", "images", "seeds", "protocol", "controls", "variants"}
+    assert results.keys() == known
     assert (results["schema"], results["study"], results["images"]) == (1, "toy", COUNT)
     assert results["protocol"].keys() == {"fid", "is"}
     names = [row["name"] for row in results["variants"]]
@@ -127,7 +128,7 @@ def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
         assert row["control"] == (row["name"] == "full precision")
         assert (row["status"], row["error"], row["simulated"]) == ("done", None, False)
         for measured in row["metrics"].values():
-            assert measured.keys() == {"value", "ci95", "delta"}
+            assert measured.keys() == {"value", "ci95", "delta", "by_seed", "spread"}
     assert [row["paper"] for row in results["variants"]] == [None, None, {"fid": 4.5}, None]
     doubts = [row["doubt"] for row in results["variants"]]
     assert doubts == [None, None, "two values are published", None]

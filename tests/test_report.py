@@ -142,16 +142,17 @@ LATEX = "\n".join(
 )
 
 CSV = """\
-study,variant,fingerprint,control,simulated,status,error,images,fid-fashion,fid-fashion_ci95_low,\
-fid-fashion_ci95_high,fid-fashion_delta,fid-fashion_delta_versus,fid-fashion_delta_ci95_low,\
+study,variant,fingerprint,control,simulated,status,error,images,seeds,fid-fashion,\
+fid-fashion_spread,fid-fashion_ci95_low,fid-fashion_ci95_high,fid-fashion_delta,\
+fid-fashion_delta_versus,fid-fashion_delta_spread,fid-fashion_delta_ci95_low,\
 fid-fashion_delta_ci95_high,versus_base,versus_base_metric,versus_base_difference,\
 versus_base_ci95_low,versus_base_ci95_high,versus_base_verdict,versus_equal_cost,\
 versus_equal_cost_metric,versus_equal_cost_difference,versus_equal_cost_ci95_low,\
 versus_equal_cost_ci95_high,versus_equal_cost_verdict,evaluations_full,evaluations_cached,\
 macs_per_image,relative_macs,bit_operations_per_image,relative_bit_operations,seconds_per_image,\
 relative_seconds,weight_bytes
-toy,A,ab,True,False,done,,1000,2.0,1.5,2.5,,,,,,,,,,,,,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
-toy,B,ab,False,False,done,,1000,1.5,,,-0.5,A,,,A,fid-fashion,-0.5,-0.75,-0.25,better,,,,,,\
+toy,A,ab,True,False,done,,1000,,2.0,,1.5,2.5,,,,,,,,,,,,,,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
+toy,B,ab,False,False,done,,1000,,1.5,,,,-0.5,A,,,,A,fid-fashion,-0.5,-0.75,-0.25,better,,,,,,\
 controls off,40.0,0.0,400.0,2.0,,,4e-08,2.0,1834000
 """
 

@@ -27,10 +27,12 @@ from iec_eval.results import (
 CACHE = [{"name": "deepcache", "interval": 3}]
 IEC = [{"name": "iec", "preset": "paper"}]
 
+NOTHING = {"value": None, "ci95": None, "delta": None, "by_seed": [], "spread": None}
 LITERAL: dict[str, Any] = {
     "schema": 1,
     "study": "toy",
     "images": 1000,
+    "seeds": [3, 4],
     "protocol": {"resize": "tf1", "weights": {"sha256": "ab"}},
     "controls": ["full-precision", "equal-cost"],
     "variants": [
@@ -45,9 +47,16 @@ LITERAL: dict[str, Any] = {
                 "fid": {
                     "value": 10.5,
                     "ci95": [10.0, 11.0],
-                    "delta": {"versus": "cached", "value": -1.5, "ci95": [-2.0, -1.0]},
+                    "delta": {
+                        "versus": "cached",
+                        "value": -1.5,
+                        "ci95": [-2.0, -1.0],
+                        "spread": 0.1,
+                    },
+                    "by_seed": [10.0, 11.0],
+                    "spread": 0.7,
                 },
-                "is": {"value": 7.0, "ci95": None, "delta": None},
+                "is": {**NOTHING, "value": 7.0},
             },
             "cost": {
                 "evaluations_full": 14.0,
@@ -84,7 +93,7 @@ LITERAL: dict[str, Any] = {
             "simulated": True,
             "efficiency": [],
             "callbacks": [],
-            "metrics": {"fid": {"value": None, "ci95": None, "delta": None}},
+            "metrics": {"fid": NOTHING},
             "cost": {
                 "evaluations_full": None,
                 "evaluations_cached": None,
@@ -129,8 +138,12 @@ def test_a_file_survives_reading_and_writing_with_every_key(tmp_path: Path) -> N
 def test_a_file_from_before_there_were_doubts_and_comparisons_is_read(tmp_path: Path) -> None:
     later = {"doubt", "judges", "lacks", "comparisons"}
     rows = [{k: v for k, v in row.items() if k not in later} for row in LITERAL["variants"]]
-    (tmp_path / "old.json").write_text(json.dumps({**LITERAL, "variants": rows}), encoding="utf-8")
-    assert [row.doubt for row in read_results(tmp_path / "old.json").variants] == [None, None]
+    rows[0] = {**rows[0], "metrics": {"fid": {"value": 1.0, "ci95": None, "delta": None}}}
+    old = {k: v for k, v in LITERAL.items() if k not in ("controls", "seeds")} | {"variants": rows}
+    (tmp_path / "old.json").write_text(json.dumps(old), encoding="utf-8")
+    found = read_results(tmp_path / "old.json")
+    assert [row.doubt for row in found.variants] == [None, None]
+    assert (found.seeds, found.variants[0].metrics["fid"].spread) == (None, None)
 
 
 def test_defaults_are_written_too(tmp_path: Path) -> None:
@@ -140,7 +153,7 @@ def test_defaults_are_written_too(tmp_path: Path) -> None:
     assert list(written) == list(LITERAL)
     assert list(written["variants"][0]) == list(wanted)
     assert written["variants"][0]["cost"] == wanted["cost"]
-    assert written["variants"][0]["metrics"] == {"fid": {"value": 1.0, "ci95": None, "delta": None}}
+    assert written["variants"][0]["metrics"] == {"fid": {**NOTHING, "value": 1.0}}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from iec_eval.report.wording import (
     interval_digits,
     is_fid,
     metric_names,
+    plus_minus,
     quality_metric,
     quantity,
     significant,
@@ -154,9 +155,12 @@ def _measured(name: str, images: int, digits: int, row: Variant) -> Cell:
     if found.delta is not None:
         change = with_interval(found.delta.value, found.delta.ci95, digits, "+")
         tip = f"{change} against {found.delta.versus}"
+        spread = found.delta.spread
+        tip += f", each seed's difference{plus_minus(spread, own)}" if spread is not None else ""
     fewer = f"N<{images}" if row.status == "partial" and is_fid(name) else ""
     sub = f"{fewer}\n{interval(found.ci95, own).strip()}".strip()
-    return Cell(f"{found.value:.{own}f}", sub, found.value, tip=tip)
+    text = f"{found.value:.{own}f}{plus_minus(found.spread, own)}"
+    return Cell(text, sub, found.value, tip=tip)
 
 
 def _paper(row: Variant) -> Cell:

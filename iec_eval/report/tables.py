@@ -28,8 +28,10 @@ from iec_eval.report.wording import (
     arrow,
     decimals,
     higher_is_better,
+    interval_digits,
     is_fid,
     metric_names,
+    plus_minus,
     quality_metric,
     quantity,
     reading_note,
@@ -157,9 +159,12 @@ def _measured(found: Measurement | None, digits: int) -> str:
     if found is None or found.value is None:
         return NOTHING
     text = with_interval(found.value, found.ci95, digits)
-    if found.delta is None:
+    text += plus_minus(found.spread, interval_digits(found.ci95, digits))
+    delta = found.delta
+    if delta is None:
         return text
-    return f"{text} ({with_interval(found.delta.value, found.delta.ci95, digits, '+')})"
+    change = with_interval(delta.value, delta.ci95, digits, "+")
+    return f"{text} ({change}{plus_minus(delta.spread, interval_digits(delta.ci95, digits))})"
 
 
 def _verdict_columns(rows: Sequence[Row], directions: Directions | None) -> list[_Column]:
@@ -382,6 +387,7 @@ def _record(
         "status": variant.status,
         "error": variant.error,
         "images": row.results.images,
+        "seeds": " ".join(map(str, row.results.seeds)) if row.results.seeds else None,
     }
     for name in names:
         record |= _metric_record(name, _measurement(row, name) or Measurement(value=None))
@@ -397,10 +403,12 @@ def _metric_record(name: str, found: Measurement) -> Record:
     delta_low, delta_high = (delta.ci95 if delta else None) or (None, None)
     return {
         name: found.value,
+        f"{name}_spread": found.spread,
         f"{name}_ci95_low": low,
         f"{name}_ci95_high": high,
         f"{name}_delta": delta.value if delta else None,
         f"{name}_delta_versus": delta.versus if delta else None,
+        f"{name}_delta_spread": delta.spread if delta else None,
         f"{name}_delta_ci95_low": delta_low,
         f"{name}_delta_ci95_high": delta_high,
     }

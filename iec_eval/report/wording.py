@@ -89,6 +89,11 @@ def interval(bounds: Interval | None, digits: int, sign: str = "") -> str:
     return f" [{low}, {high}]"
 
 
+def plus_minus(spread: float | None, digits: int) -> str:
+    """`` ± s``, the standard deviation over seeds; nothing where there are no seeds."""
+    return "" if spread is None else f" ± {spread:.{digits}f}"
+
+
 def quantity(value: float | None, unit: str = "") -> str:
     """A number with a decimal prefix, such as ``1.23 G`` or ``4.50 MB``."""
     if value is None:
@@ -114,13 +119,21 @@ def reading_note(results: Iterable[Results]) -> str:
     """How many images, what that does to FID, and what bounds the noise."""
     documents = list(results)
     counts = sorted({document.images for document in documents})
-    note = f"{' or '.join(f'{count:,}' for count in counts)} images per row."
+    note = f"{' or '.join(f'{count:,}' for count in counts)} images per row{_seeds(documents)}."
     if len(counts) > 1:
         note += " FID falls as images are added: compare only rows with the same number."
     names = metric_names(documents)
     if any(map(is_fid, names)) and counts and counts[0] < ENOUGH_IMAGES:
         note += f" FID is biased upward below {ENOUGH_IMAGES:,} images{_infinite(names)}."
     return note + _interval_note(documents)
+
+
+def _seeds(documents: Iterable[Results]) -> str:
+    seeds = dict.fromkeys(tuple(document.seeds) for document in documents if document.seeds)
+    if not seeds:
+        return ""
+    listed = " or ".join(", ".join(map(str, some)) for some in seeds)
+    return f" and seed (seeds {listed}); numbers are means over seeds, ± their standard deviation"
 
 
 def _infinite(names: Iterable[str]) -> str:
