@@ -40,6 +40,7 @@ ZERO_COST = {
     "epsilon-scaling": "epsilon scaling",
     "time-shift": "time shift",
     "scale-matched": "scale-matched",
+    "self-consistent": "self-consistent",
 }
 
 

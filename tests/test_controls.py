@@ -329,6 +329,7 @@ def test_zero_cost_rivals_are_the_base_with_one_callback(plans: Plans) -> None:
         "epsilon scaling": {"name": "epsilon-scaling"},
         "time shift": {"name": "time-shift"},
         "scale-matched": {"name": "scale-matched", "of": given},
+        "self-consistent": {"name": "self-consistent"},
     }
     names = [f"quantized + IEC: {label}" for label in labels]
     assert rivals(found, "quantized + IEC", "zero-cost") == names
@@ -468,7 +469,7 @@ def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
     every = plans(rows)
     labels = {name.rpartition(": ")[2] for name in added(every)}
     wanted = {"full precision", "full precision + IEC", "Heun", "epsilon scaling", "time shift"}
-    assert wanted | {"scale-matched", "correction only"} <= labels
+    assert wanted | {"scale-matched", "self-consistent", "correction only"} <= labels
     assert rivals(every, "full precision + IEC")  # which is a corrected row too
 
 
