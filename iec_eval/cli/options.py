@@ -1,0 +1,39 @@
+"""Options and arguments that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
+
+
+def study_options(command: Command) -> Command:
+    """The argument STUDY with overrides and output folder."""
+    command = click.option(
+        "-o", "--out", type=click.Path(path_type=Path), help="Run folder [default: runs/<study>]."
+    )(command)
+    command = click.option(
+        "-s",
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key of the study, as in -s images.count=128; repeatable.",
+    )(command)
+    return click.argument("study")(command)
+
+
+def bound_option(name: str, default: int | None, text: str) -> Callable[[Command], Command]:
+    """An option that takes a number from 1."""
+    shown = default is not None
+    return click.option(
+        name, type=POSITIVE, default=default, show_default=shown, metavar="N", help=text
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
