@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from iec_eval.intervals import LEVEL, Estimate, Interval, simultaneous
-from iec_eval.report.wording import higher_is_better
+from iec_eval.intervals import LEVEL, Estimate, simultaneous
+from iec_eval.report.wording import higher_is_better, judgement
 from iec_eval.results import (
     Comparison,
-    Judgement,
     Measurement,
     Results,
     Variant,
@@ -19,9 +18,7 @@ from iec_eval.study import Relation
 Estimates = Mapping[str, Mapping[str, Estimate]]  # by row and metric
 
 
-def with_comparisons(
-    results: Results, estimates: Estimates, directions: Mapping[str, bool] | None = None
-) -> Results:
+def with_comparisons(results: Results, estimates: Estimates) -> Results:
     """Fill in the intervals of differences, and each finished row's comparisons with its judges.
 
     ``estimates`` are those the rows were scored with. A row is compared with every row that names
@@ -30,14 +27,11 @@ def with_comparisons(
     that the strongest may be picked by looking at them.
     """
     judges = judges_of(results)
-    rows = {row.name: row for row in results.variants}
     variants = [
         row.model_copy(
             update={
                 "metrics": _with_intervals(row, estimates),
-                "comparisons": list(
-                    _comparisons(row, judges[row.name], rows, estimates, directions)
-                ),
+                "comparisons": list(_comparisons(row, judges[row.name], results, estimates)),
             }
         )
         for row in results.variants
@@ -58,16 +52,6 @@ def judges_of(results: Results) -> dict[str, dict[str, Relation]]:
     return found
 
 
-def judgement(interval: Interval | None, better_up: bool | None) -> Judgement | None:
-    """What the interval of a row's value minus another's says of the row."""
-    if interval is None or better_up is None:
-        return None
-    low, high = interval
-    if low <= 0 <= high:
-        return "not distinguishable"
-    return "better" if (low > 0) == better_up else "worse"
-
-
 def _with_intervals(row: Variant, estimates: Estimates) -> dict[str, Measurement]:
     return {name: _with_interval(row, name, estimates) for name in row.metrics}
 
@@ -84,10 +68,10 @@ def _with_interval(row: Variant, name: str, estimates: Estimates) -> Measurement
 def _comparisons(
     row: Variant,
     judges: Mapping[str, Relation],
-    rows: Mapping[str, Variant],
+    results: Results,
     estimates: Estimates,
-    directions: Mapping[str, bool] | None,
 ) -> Iterator[Comparison]:
+    rows = {other.name: other for other in results.variants}
     finished = {n: r for n, r in judges.items() if {row.status, rows[n].status} == {"done"}}
     rivals = sum(relation == "equal-cost" for relation in finished.values())
     for versus, relation in finished.items():
@@ -102,7 +86,7 @@ def _comparisons(
                     metric=metric,
                     value=gap.value,
                     ci95=interval,
-                    judgement=judgement(interval, higher_is_better(metric, directions)),
+                    judgement=judgement(interval, higher_is_better(metric, results)),
                 )
 
 

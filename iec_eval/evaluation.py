@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 
 from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
-from iec_eval.intervals import Estimate
+from iec_eval.intervals import Estimate, is_spread
 from iec_eval.jackknife import with_groups
 from iec_eval.jobs import Job, network_id, stored_features
 from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.progress import Progress
-from iec_eval.results import Cost, Measurement, Variant
+from iec_eval.results import Cost, Measurement, Status, Variant
 from iec_eval.runs import NOTHING_SPENT, IndexRange, VariantFolder, covering
 from iec_eval.study import digest
 
@@ -27,10 +27,14 @@ Reader = Callable[[IndexRange, slice], Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """A row of the results, and what its intervals and those of its differences are made of."""
+    """A row of the results, and what its intervals and those of its differences are made of.
+
+    ``directions`` says of its numbers whether higher is better, where their metric says so.
+    """
 
     row: Variant
-    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    estimates: Mapping[str, Estimate]
+    directions: Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ def spent(job: Job) -> SpentPerImage:
 
 def evaluate(
     job: Job, metrics: Sequence[Metric], progress: Progress, base: Job | None = None
-) -> dict[str, Estimate]:
-    """Every metric of one variant, over its images 0..count-1 in order.
+) -> list[tuple[Metric, dict[str, Estimate]]]:
+    """Every metric and its numbers of one variant, over its images 0..count-1 in order.
 
     Paired metrics compare with the images of ``base``; they are left out where there is none, and
     for ``base`` itself. Raises MissingArtifact if an image is missing.
@@ -86,7 +90,7 @@ def evaluate(
                 metric.update(batch, indices)
             progress.advance(len(indices))
         found.update({id(metric): _estimated(metric, batches) for metric in group})
-    return {name: one for metric in chosen for name, one in found[id(metric)].items()}
+    return [(metric, found[id(metric)]) for metric in chosen]
 
 
 def score(
@@ -104,24 +108,39 @@ def score(
     row = _empty_row(job)
     failure = job.folder.failure()
     if failure:
-        return Scored(row.model_copy(update={"status": "failed", "error": failure}))
+        return _unscored(row, "failed", failure)
     lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
-        estimates = evaluate(job, metrics, progress, None if lacking else base)
+        found = evaluate(job, metrics, progress, None if lacking else base)
+        estimates = {name: one for _, numbers in found for name, one in numbers.items()}
         measured = {name: _measured(one) for name, one in estimates.items()}
         expense = _cost(spent(job), cost)
     except (MissingArtifact, CorruptChunk) as error:
-        return Scored(row.model_copy(update={"status": "partial", "error": str(error)}))
+        return _unscored(row, "partial", str(error))
     except IecEvalError:  # disk and feature network: what all rows share
         raise
     except Exception as error:  # one row's failure must not hide the others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Scored(row.model_copy(update={"status": "failed", "error": reason}))
+        return _unscored(row, "failed", reason)
     finally:
         for metric in metrics:
             metric.reset()
-    found = {"metrics": measured, "cost": expense, "error": lacking}
-    return Scored(row.model_copy(update=found), estimates)
+    scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": lacking})
+    return Scored(scored, estimates, _directions(found))
+
+
+def _unscored(row: Variant, status: Status, why: str) -> Scored:
+    return Scored(row.model_copy(update={"status": status, "error": why}), {}, {})
+
+
+def _directions(found: Sequence[tuple[Metric, Mapping[str, Estimate]]]) -> dict[str, bool]:
+    """By number, as its metric says; a spread has no better direction."""
+    return {
+        name: bool(metric.higher_is_better)
+        for metric, numbers in found
+        for name in numbers
+        if metric.higher_is_better is not None and not is_spread(name)
+    }
 
 
 def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
@@ -139,7 +158,7 @@ def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
     if states != {"done"}:
         status = "failed" if "failed" in states else "partial"
         bare = {"metrics": {}, "cost": Cost(), "status": status}
-        return Scored(first.model_copy(update=found | bare))
+        return Scored(first.model_copy(update=found | bare), {}, {})
     numbers = [scored.estimates for scored in of_seeds.values()]
     estimates = {
         name: Estimate.mean([of_seed[name] for of_seed in numbers])
@@ -148,7 +167,8 @@ def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
     }
     measured = {name: _measured(one) for name, one in estimates.items()}
     cost = _mean_cost([row.cost for row in rows.values()])
-    return Scored(first.model_copy(update=found | {"metrics": measured, "cost": cost}), estimates)
+    row = first.model_copy(update=found | {"metrics": measured, "cost": cost})
+    return Scored(row, estimates, next(iter(of_seeds.values())).directions)
 
 
 def _mean_cost(of_seeds: Sequence[Cost]) -> Cost:

@@ -136,7 +136,9 @@ class Results(_Part):
     Where there are ``seeds``, it is that of each seed, and every row was made once for each.
 
     ``controls`` are the kinds of rows that the tool added where they apply, [] if that was switched
-    off; None in files from before that was noted.
+    off; None in files from before that was noted. ``directions`` says of a number, by its name in
+    ``metrics``, whether higher is better; one that is missing has no better direction, or only its
+    name tells, as in files from before this was noted.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -144,6 +146,7 @@ class Results(_Part):
     images: int
     seeds: list[int] | None = None
     protocol: dict[str, JsonValue]
+    directions: dict[str, bool] = Field(default_factory=dict)
     controls: list[str] | None = None
     variants: list[Variant]
 

@@ -48,12 +48,6 @@ class Session:
         """Of each row the job of its first seed, for what does not differ between seeds."""
         return [jobs[0] for jobs in self.rows]
 
-    @property
-    def directions(self) -> dict[str, bool]:
-        """Which way is better, for metrics that say so, by result name."""
-        known = [metric for metric in self.metrics if metric.higher_is_better is not None]
-        return {metric.name: bool(metric.higher_is_better) for metric in known}
-
 
 def prepare(
     source: str, overrides: Sequence[str], out: Path | None, lacking: list[str] | None = None

@@ -124,23 +124,25 @@ def _scored(session: Session) -> Results:
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     costs = evaluation_costs([job.plan for job in session.firsts])
-    rows, estimates = [], {}
+    rows, estimates, directions = [], {}, dict[str, bool]()
     for jobs, cost in zip(session.rows, costs, strict=True):
         scored = _scored_row(session, jobs, cost, progress)
         name = scored.row.name
         rows.append(scored.row.model_copy(update=session.study.remarks(name)))
         estimates[name] = scored.estimates
+        directions |= scored.directions
     progress.close()
     results = Results(
         study=session.study.study,
         images=session.study.images.count,
         seeds=session.study.images.seeds,
         protocol=protocol(session.metrics),
+        directions=directions,
         controls=list(session.study.wanted_controls()),
         variants=rows,
     )
     results = with_deltas(with_relative_costs(results))
-    return with_comparisons(results, estimates, session.directions)
+    return with_comparisons(results, estimates)
 
 
 def _scored_row(
@@ -164,7 +166,7 @@ def report(session: Session, results: Results) -> list[Path]:
     )
     write_json(folder / "manifest.json", made)
     rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
-    paths = write_report(folder, results, rows, made, directions=session.directions, columns=SHOWN)
+    paths = write_report(folder, results, rows, made, columns=SHOWN)
     return [folder / "results.json", *paths, folder / "manifest.json"]
 
 

@@ -258,7 +258,7 @@ def _evaluate(session: Session, *, heal: bool) -> Outcome:
     paths = stages.report(session, results)
     for complaint in session.registry.run_finished(results.model_dump(mode="json", by_alias=True)):
         print(f"iec-eval: {complaint}", file=sys.stderr)
-    text = results_table([results], "md", session.directions)
+    text = results_table([results], "md")
     complete = all(row.status == "done" for row in results.variants)
     return Outcome(f"{text}\nWritten: {', '.join(str(path) for path in paths)}", complete)
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from iec_eval.comparisons import judgement, with_comparisons
+from iec_eval.comparisons import with_comparisons
 from iec_eval.intervals import Estimate, quantile
+from iec_eval.report.wording import judgement
 from iec_eval.results import Comparison, Measurement, Results, Variant, with_deltas
 
 IEC = [{"name": "iec"}]
@@ -71,6 +72,25 @@ def test_a_row_is_compared_with_its_base_and_its_judges_in_every_metric() -> Non
     said = [c.judgement for c in found["IEC"]]
     assert said == ["better", "worse", None, "worse", "better", None, "worse", "better", None]
     assert found["plain"] == found["steps"] == found["full"] == []
+
+
+@pytest.mark.parametrize(("higher", "said"), [(True, "better"), (False, "worse")])
+def test_a_number_is_judged_by_the_direction_that_the_results_hold(higher: bool, said: str) -> None:
+    numbers = {name: {"edges": estimate(v)} for name, v in (("plain", 1.0), ("IEC", 2.0))}
+    results = with_deltas(
+        Results(
+            study="s",
+            images=COUNT,
+            protocol={},
+            directions={"edges": higher},
+            variants=[
+                row("plain", metrics={"edges": Measurement(value=1.0)}),
+                row("IEC", metrics={"edges": Measurement(value=2.0)}, callbacks=IEC),
+            ],
+        )
+    )
+    (found,) = with_comparisons(results, numbers).variants[1].comparisons
+    assert found.judgement == said
 
 
 @pytest.mark.parametrize("status", ["partial", "failed"])

@@ -15,7 +15,8 @@ from click.testing import Result
 from conftest import VARIANTS, Toy
 from torch import Tensor
 
-from iec_eval.evaluation import by_network, evaluate, groups, protocol
+from iec_eval.cost import evaluation_costs
+from iec_eval.evaluation import by_network, evaluate, groups, protocol, score
 from iec_eval.intervals import Estimate
 from iec_eval.jobs import network_id
 from iec_eval.metrics.base import Metric
@@ -114,10 +115,11 @@ def launched(make_run: Callable[..., Run]) -> Run:
 
 def test_results_have_exactly_the_keys_of_the_schema(launched: Run) -> None:
     results = launched.results
-    known = {"schema", "study", "images", "seeds", "protocol", "controls", "variants"}
-    assert results.keys() == known
+    keys = {"schema", "study", "images", "seeds", "protocol", "directions", "controls", "variants"}
+    assert results.keys() == keys
     assert (results["schema"], results["study"], results["images"]) == (1, "toy", COUNT)
     assert results["protocol"].keys() == {"fid", "is"}
+    assert results["directions"] == {"fid-toy": False, "is-toy": True}  # a spread has none
     names = [row["name"] for row in results["variants"]]
     assert names == ["full precision", "plain", "cached", "cached + IEC"]
     for row in results["variants"]:
@@ -246,11 +248,33 @@ def test_every_index_is_scored_once_in_order_with_its_own_image(launched: Run, c
     session = prepare(str(launched.study), [f"images.count={count}"], launched.out)
     job, metric = session.jobs[2], Witness()
     found = evaluate(job, [metric], Progress("", visible=False))
-    assert found == {"witnessed": Estimate(count)}
+    assert found == [(metric, {"witnessed": Estimate(count)})]
     images, indices = (torch.cat(shown) for shown in zip(*metric.shown, strict=True))
     assert indices.tolist() == list(range(count))
     stored = torch.cat([job.folder.read_chunk(part).images for part in job.folder.finished()])
     assert torch.equal(images, stored[:count])
+
+
+class Sharpness(Witness):
+    """Two numbers, neither with the metric's own name."""
+
+    name = "sharpness"
+    higher_is_better = True
+
+    def compute(self) -> dict[str, float]:
+        return {"edges": 1.0, "edges-std": 0.1}
+
+
+@pytest.mark.parametrize(("higher", "wanted"), [(True, {"edges": True}), (None, {})])
+def test_numbers_improve_as_their_metric_says(
+    launched: Run, monkeypatch: pytest.MonkeyPatch, higher: bool | None, wanted: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(Sharpness, "higher_is_better", higher)
+    session = prepare(str(launched.study), [], launched.out)
+    (cost,) = evaluation_costs(session.plans[:1])
+    scored = score(session.jobs[0], [Sharpness()], cost, Progress("", visible=False))
+    assert scored.row.metrics.keys() == {"edges", "edges-std"}
+    assert scored.directions == wanted
 
 
 @pytest.fixture

@@ -279,8 +279,14 @@ def test_directions_come_from_the_name_unless_given() -> None:
     names = ("fid", "fid-fashion", "fid:tf", "is", "is-fashion", "is_std", "island", "other")
     found = [higher_is_better(name) for name in names]
     assert found == [False, False, False, True, True, None, None, None]
-    assert higher_is_better("other", {"other": True}) is True
-    assert "fid-fashion (N=1000) ↑" in table([small()], "md", {"fid-fashion": True})
+    told = [
+        toy().model_copy(update={"directions": {"other": up, "fid": up}}) for up in (True, False)
+    ]
+    assert [higher_is_better("other", one) for one in told] == [True, False]
+    assert [higher_is_better("fid", one, toy()) for one in told] == [True, False]
+    assert higher_is_better("fid", *told) is None  # they contradict each other
+    upward = small().model_copy(update={"directions": {"fid-fashion": True}})
+    assert "fid-fashion (N=1000) ↑" in table([upward], "md")
 
 
 def test_numbers_are_worded_to_be_read() -> None:
@@ -724,7 +730,8 @@ def test_the_front_is_what_nothing_cheaper_beats() -> None:
         if other != name and least <= cost and best <= fid and (least, best) != (cost, fid)
     }
     assert {point.name for point in front_of(study)} == places.keys() - beaten
-    assert front_of(study, {"fid-fashion": True}) != front_of(study)
+    upward = study.model_copy(update={"directions": {"fid-fashion": True}})
+    assert front_of(upward) != front_of(study)
 
 
 def test_the_plot_has_a_title_bar_and_shape_for_every_finished_row() -> None:
@@ -794,7 +801,8 @@ def test_the_strongest_rival_is_the_best_one() -> None:
     found = verdict_of(one, "equal-cost", *rivals)
     assert found.comparison is not None
     assert (found.comparison.versus, found.word) == ("strong", "worse")
-    upward = judged(one, "equal-cost", toy(one, *rivals), {"fid-fashion": True})
+    rising = toy(one, *rivals).model_copy(update={"directions": {"fid-fashion": True}})
+    upward = judged(one, "equal-cost", rising)
     assert upward.comparison is not None
     assert upward.comparison.versus == "weak"
 

@@ -34,6 +34,7 @@ LITERAL: dict[str, Any] = {
     "images": 1000,
     "seeds": [3, 4],
     "protocol": {"resize": "tf1", "weights": {"sha256": "ab"}},
+    "directions": {"fid": False, "is": True},
     "controls": ["full-precision", "equal-cost"],
     "variants": [
         {
@@ -135,15 +136,17 @@ def test_a_file_survives_reading_and_writing_with_every_key(tmp_path: Path) -> N
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["first.json", "second.json"]
 
 
-def test_a_file_from_before_there_were_doubts_and_comparisons_is_read(tmp_path: Path) -> None:
+def test_a_file_from_before_there_was_all_this_is_read(tmp_path: Path) -> None:
     later = {"doubt", "judges", "lacks", "comparisons"}
     rows = [{k: v for k, v in row.items() if k not in later} for row in LITERAL["variants"]]
     rows[0] = {**rows[0], "metrics": {"fid": {"value": 1.0, "ci95": None, "delta": None}}}
-    old = {k: v for k, v in LITERAL.items() if k not in ("controls", "seeds")} | {"variants": rows}
+    later = {"controls", "seeds", "directions"}
+    old = {k: v for k, v in LITERAL.items() if k not in later} | {"variants": rows}
     (tmp_path / "old.json").write_text(json.dumps(old), encoding="utf-8")
     found = read_results(tmp_path / "old.json")
     assert [row.doubt for row in found.variants] == [None, None]
-    assert (found.seeds, found.variants[0].metrics["fid"].spread) == (None, None)
+    assert (found.directions, found.seeds) == ({}, None)
+    assert found.variants[0].metrics["fid"].spread is None
 
 
 def test_defaults_are_written_too(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ class Metric(torchmetrics.Metric):
 
     Attributes:
         name: what studies call it.
-        higher_is_better: whether a larger result is a better one.
+        higher_is_better: whether a larger result is a better one, for every number it gives but
+            spreads; results.json keeps it by the number's name. None: there is no better
+            direction, unless the name is that of a known metric.
     """
 
     name: ClassVar[str]

@@ -21,6 +21,7 @@ from iec_eval.report.wording import (
     NOTHING,
     decimals,
     higher_is_better,
+    judgement,
     metric_names,
     quantity,
     times,
@@ -113,16 +114,6 @@ def difference_interval(
     return difference - below, difference + above
 
 
-def judgement(metric: str, bounds: Interval | None) -> Judgement | None:
-    """What an interval of a difference says; None without one, or if neither way is better."""
-    upward = higher_is_better(metric)
-    if bounds is None or upward is None:
-        return None
-    if bounds[0] <= 0 <= bounds[1]:
-        return "not distinguishable"
-    return "better" if (bounds[0] > 0) == upward else "worse"
-
-
 def _check(runs: Sequence[Run], form: str) -> None:
     if len(runs) < 2:
         raise ConfigError("compare: wanted two or more runs, got one")
@@ -180,6 +171,7 @@ def _chosen(
 
 def _entries(runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str]) -> Iterator[Entry]:
     for metric in metrics:
+        upward = higher_is_better(metric, *(run.results for run in runs))
         for name in rows:
             found = [
                 next((r for r in run.results.variants if r.name == name), None) for run in runs
@@ -187,7 +179,9 @@ def _entries(runs: Sequence[Run], metrics: Sequence[str], rows: Sequence[str]) -
             first = _measurement(found[0], metric)
             for place, (run, row) in enumerate(zip(runs, found, strict=True)):
                 if row is not None:
-                    yield _entry(metric, row, run.label, runs[0].label, first if place else None)
+                    yield _entry(
+                        metric, upward, row, run.label, runs[0].label, first if place else None
+                    )
 
 
 def _measurement(row: Variant | None, metric: str) -> Measurement | None:
@@ -196,7 +190,14 @@ def _measurement(row: Variant | None, metric: str) -> Measurement | None:
     return None if found is None or found.value is None else found
 
 
-def _entry(metric: str, row: Variant, run: str, versus: str, first: Measurement | None) -> Entry:
+def _entry(
+    metric: str,
+    upward: bool | None,
+    row: Variant,
+    run: str,
+    versus: str,
+    first: Measurement | None,
+) -> Entry:
     found = _measurement(row, metric)
     value, ci95 = (None, None) if found is None else (found.value, found.ci95)
     change, bounds = None, None
@@ -214,7 +215,7 @@ def _entry(metric: str, row: Variant, run: str, versus: str, first: Measurement 
         versus=None if change is None else versus,
         difference=change,
         difference_ci95=bounds,
-        judgement=judgement(metric, bounds),
+        judgement=judgement(bounds, upward),
     )
 
 

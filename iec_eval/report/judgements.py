@@ -58,7 +58,6 @@ def judged(
     row: Variant,
     against: Against,
     results: Results,
-    directions: Mapping[str, bool] | None = None,
 ) -> Judged:
     """The verdict on a row's quality metric, against its base or its strongest equal-cost rival.
 
@@ -70,7 +69,7 @@ def judged(
     ]
     if not found:
         return Judged(missing=_missing(row, against))
-    upward = higher_is_better(metric or "", directions)
+    upward = higher_is_better(metric or "", results)
     # this row minus a rival: the better the rival, the lower (or, for an FID, the higher) that is
     strongest = min if upward else max
     return Judged(strongest(found, key=lambda one: one.value))
@@ -105,25 +104,21 @@ def sentence(name: str, found: Comparison, digits: int) -> str:
     )
 
 
-def tally(
-    results: Results, against: Against, directions: Mapping[str, bool] | None = None
-) -> Mapping[str, int]:
+def tally(results: Results, against: Against) -> Mapping[str, int]:
     """How many of the study's own rows (controls are none) got which judgement."""
     counted: dict[str, int] = {}
     for row in results.variants:
-        found = judged(row, against, results, directions).comparison
+        found = judged(row, against, results).comparison
         if found is not None and found.judgement is not None and not row.control:
             counted[found.judgement] = counted.get(found.judgement, 0) + 1
     return counted
 
 
-def held_against(
-    results: Sequence[Results], against: Against, directions: Mapping[str, bool] | None = None
-) -> str:
+def held_against(results: Sequence[Results], against: Against) -> str:
     """Which row each judged row was held against, such as ``A against B; C against D``."""
     return "; ".join(
         f"{row.name} against {found.versus}"
         for document in results
         for row in document.variants
-        if (found := judged(row, against, document, directions).comparison) is not None
+        if (found := judged(row, against, document).comparison) is not None
     )

@@ -20,7 +20,7 @@ from iec_eval.report.gallery import GalleryRow, differences, gallery
 from iec_eval.report.judgements import AGAINST, tally
 from iec_eval.report.plots import front_of, quality_plot
 from iec_eval.report.results_table import columns, compared, lines
-from iec_eval.report.tables import Directions, remarks, table
+from iec_eval.report.tables import remarks, table
 from iec_eval.report.verdicts import verdicts
 from iec_eval.report.wording import reading_note
 from iec_eval.results import Results
@@ -37,7 +37,6 @@ def write_report(
     gallery_rows: Sequence[GalleryRow],
     manifest: Mapping[str, Any],
     *,
-    directions: Directions | None = None,
     columns: int = 8,
 ) -> list[Path]:
     """Write ``table.md``, ``report.html`` and, where there are images, the gallery as PNG files.
@@ -52,12 +51,11 @@ def write_report(
         results,
         gallery_rows,
         manifest,
-        directions=directions,
         columns=columns,
         analysis=figures(folder / ANALYSIS),
     )
     files = {
-        folder / "table.md": table([results], "md", directions).encode(),
+        folder / "table.md": table([results], "md").encode(),
         folder / "gallery.png": _png(gallery_rows, columns) if gallery_rows else b"",
         folder / "gallery-difference.png": _png(apart, columns) if apart else b"",
         folder / "report.html": page.encode(),
@@ -80,7 +78,6 @@ def report_page(
     gallery_rows: Sequence[GalleryRow],
     manifest: Mapping[str, Any],
     *,
-    directions: Directions | None = None,
     columns: int = 8,
     analysis: Sequence[Figure] = (),
 ) -> str:
@@ -99,8 +96,8 @@ def report_page(
     )
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
-        **_numbers(results, directions),
-        **_pictures(results, gallery_rows, columns, directions),
+        **_numbers(results),
+        **_pictures(results, gallery_rows, columns),
         analysis=[(group, list(some)) for group, some in groupby(analysis, lambda f: f.group)],
         folded=_folded(results, manifest),
         script=Markup(script),
@@ -109,9 +106,9 @@ def report_page(
     )
 
 
-def _numbers(results: Results, directions: Directions | None) -> dict[str, Any]:
-    shown = columns(results, directions)
-    counts = {header: tally(results, against, directions) for against, header in AGAINST.items()}
+def _numbers(results: Results) -> dict[str, Any]:
+    shown = columns(results)
+    counts = {header: tally(results, against) for against, header in AGAINST.items()}
     return {
         "study": results.study,
         "done": sum(row.status == "done" for row in results.variants),
@@ -122,7 +119,7 @@ def _numbers(results: Results, directions: Directions | None) -> dict[str, Any]:
         "controls": sum(row.control for row in results.variants),
         "tally": {header: count for header, count in counts.items() if count},
         "compared": compared(results),
-        "sentences": verdicts(results, directions),
+        "sentences": verdicts(results),
     }
 
 
@@ -130,14 +127,13 @@ def _pictures(
     results: Results,
     gallery_rows: Sequence[GalleryRow],
     columns: int,
-    directions: Directions | None,
 ) -> dict[str, Any]:
     unfinished = _unfinished(results)
     controls = {row.name for row in results.variants if row.control}
-    plot = quality_plot(results, directions)
+    plot = quality_plot(results)
     return {
         "plot": None if plot is None else Markup(plot),
-        "front": front_of(results, directions),
+        "front": front_of(results),
         "gallery": filmstrips(
             gallery_rows, _reference(results), left_out=unfinished, columns=columns
         ),

@@ -67,14 +67,14 @@ class Point:
     base: str | None
 
 
-def quality_plot(results: Results, directions: Mapping[str, bool] | None = None) -> str | None:
+def quality_plot(results: Results) -> str | None:
     """The quality metric of every finished row, with its interval, against multiply-accumulates.
 
     A line joins the rows that none beats at their cost or less (the Pareto front). Hovering over a
     point names its row. Returns one ``<svg>`` element, the same bytes for the same results, or None
     where no row has both numbers. Costs are relative to the full-precision control if there is one.
     """
-    metric, upward = _quality(results, directions)
+    metric, upward = _quality(results)
     points, relative = _points(results, metric)
     if metric is None or not points:
         return None
@@ -87,18 +87,16 @@ def quality_plot(results: Results, directions: Mapping[str, bool] | None = None)
     return _with_titles(drawn, points, metric, relative)
 
 
-def front_of(results: Results, directions: Mapping[str, bool] | None = None) -> list[Point]:
+def front_of(results: Results) -> list[Point]:
     """The Pareto front of :func:`quality_plot`; empty where it has none."""
-    metric, upward = _quality(results, directions)
+    metric, upward = _quality(results)
     points, _ = _points(results, metric)
     return [] if upward is None else pareto_front(points, upward=upward)
 
 
-def _quality(
-    results: Results, directions: Mapping[str, bool] | None
-) -> tuple[str | None, bool | None]:
+def _quality(results: Results) -> tuple[str | None, bool | None]:
     metric = quality_metric(results)
-    return metric, higher_is_better(metric, directions) if metric else None
+    return metric, higher_is_better(metric, results) if metric else None
 
 
 def _points(results: Results, metric: str | None) -> tuple[list[Point], bool]:

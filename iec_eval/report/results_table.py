@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,8 +33,6 @@ from iec_eval.report.wording import (
     with_interval,
 )
 from iec_eval.results import Cost, Results, Variant
-
-Directions = Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,17 @@ class Compared:
     judgement: str
 
 
-def columns(results: Results, directions: Directions | None) -> list[Column]:
+def columns(results: Results) -> list[Column]:
     """Quality first, then its verdicts, the paper's, what it costs, and the other metrics."""
     rows = [row for row in results.variants if row.status != "failed"]
     quality = quality_metric(results)
     others = [name for name in metric_names([results]) if name != quality]
     return [
-        *([] if quality is None else [_metric(quality, results, directions)]),
-        *(_verdicts(results, directions) if has_verdicts(results.variants) else []),
+        *([] if quality is None else [_metric(quality, results)]),
+        *(_verdicts(results) if has_verdicts(results.variants) else []),
         *([Column("paper", _paper, wide=True)] if any(r.paper or r.doubt for r in rows) else []),
         *_costs(rows),
-        *(_metric(name, results, directions) for name in others),
+        *(_metric(name, results) for name in others),
     ]
 
 
@@ -136,14 +134,14 @@ def _marks(row: Variant) -> list[str]:
     return [*status, *control, *(["simulated"] if row.simulated else [])]
 
 
-def _metric(name: str, results: Results, directions: Directions | None) -> Column:
+def _metric(name: str, results: Results) -> Column:
     values = [
         found.value
         for row in results.variants
         if row.status != "failed" and (found := row.metrics.get(name)) and found.value is not None
     ]
     count = f"N={results.images}" if is_fid(name) else ""
-    header = name + arrow(higher_is_better(name, directions))
+    header = name + arrow(higher_is_better(name, results))
     return Column(header, partial(_measured, name, results.images, decimals(values)), count)
 
 
@@ -172,18 +170,16 @@ def _paper(row: Variant) -> Cell:
     return Cell(text, "doubtful", key, tip=row.doubt)
 
 
-def _verdicts(results: Results, directions: Directions | None) -> list[Column]:
+def _verdicts(results: Results) -> list[Column]:
     on = f"on {quality_metric(results)}"
     return [
-        Column(header, partial(_verdict, against, results, directions), on, wide=True)
+        Column(header, partial(_verdict, against, results), on, wide=True)
         for against, header in AGAINST.items()
     ]
 
 
-def _verdict(
-    against: Against, results: Results, directions: Directions | None, row: Variant
-) -> Cell:
-    found = judged(row, against, results, directions)
+def _verdict(against: Against, results: Results, row: Variant) -> Cell:
+    found = judged(row, against, results)
     one = found.comparison
     if one is None:
         return Cell(found.word, tone="missing")

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +41,6 @@ from iec_eval.report.wording import (
 )
 from iec_eval.results import Cost, Measurement, Results, Variant, require_one_protocol
 
-Directions = Mapping[str, bool]
 Record = dict[str, str | float | bool | None]
 
 _NAMES = ("study", "variant")  # headers of the columns that hold words
@@ -80,42 +79,41 @@ class _Column:
     cell: Callable[[Row], str]
 
 
-def table(results: Sequence[Results], form: str, directions: Directions | None = None) -> str:
+def table(results: Sequence[Results], form: str) -> str:
     """The rows of one or more results as text ending in a newline.
 
     Args:
         results: what to show, in this order.
         form: ``md``, ``csv``, ``json`` or ``latex``.
-        directions: metric -> whether higher is better, where its name does not tell.
 
     Raises ConfigError for another form, Incompatible for results of different protocols.
     """
     require_one_protocol(results)
     if form == "md":
-        return _markdown(grid(results, directions))
+        return _markdown(grid(results))
     if form == "latex":
-        return _latex(grid(results, directions))
+        return _latex(grid(results))
     if form == "csv":
-        return _csv(records(results, directions))
+        return _csv(records(results))
     if form == "json":
-        return json.dumps(records(results, directions), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(records(results), indent=2, ensure_ascii=False) + "\n"
     raise ConfigError(f"table format {form!r}: wanted one of md, csv, json, latex")
 
 
-def grid(results: Sequence[Results], directions: Directions | None = None) -> Grid:
+def grid(results: Sequence[Results]) -> Grid:
     """The table as text cells, for any form that people read."""
     rows = [Row(document, variant) for document in results for variant in document.variants]
     columns = [
         *([_Column("study", lambda row: row.results.study)] if len(results) > 1 else []),
         _Column("variant", lambda row: variant_label(row.variant)),
-        *(_metric_column(name, rows, directions) for name in metric_names(results)),
-        *_verdict_columns(rows, directions),
+        *(_metric_column(name, rows) for name in metric_names(results)),
+        *_verdict_columns(rows),
         *_cost_columns(rows),
         *([_Column("paper", _paper)] if any(map(_has_remarks, rows)) else []),
     ]
     cells = [[column.cell(row) for column in columns] for row in rows]
     headers = [column.header for column in columns]
-    notes = [*_change_note(rows), *remarks(results), *_held_notes(results, directions)]
+    notes = [*_change_note(rows), *remarks(results), *_held_notes(results)]
     return Grid(headers, cells, rows, reading_note(results), notes)
 
 
@@ -126,8 +124,9 @@ def variant_label(variant: Variant) -> str:
     return variant.name + simulated + status
 
 
-def _metric_column(name: str, rows: Sequence[Row], directions: Directions | None) -> _Column:
-    counts = {row.results.images for row in rows}
+def _metric_column(name: str, rows: Sequence[Row]) -> _Column:
+    documents = [row.results for row in rows]
+    counts = {document.images for document in documents}
     digits = decimals(_values(name, rows))
     header = name + (f" (N={min(counts)})" if is_fid(name) and len(counts) == 1 else "")
 
@@ -135,7 +134,7 @@ def _metric_column(name: str, rows: Sequence[Row], directions: Directions | None
         text = _measured(_measurement(row, name), digits)
         return text if text == NOTHING or not is_fid(name) else text + _count(row, len(counts))
 
-    return _Column(header + arrow(higher_is_better(name, directions)), cell)
+    return _Column(header + arrow(higher_is_better(name, *documents)), cell)
 
 
 def _count(row: Row, counts: int) -> str:
@@ -167,28 +166,25 @@ def _measured(found: Measurement | None, digits: int) -> str:
     return f"{text} ({change}{plus_minus(delta.spread, interval_digits(delta.ci95, digits))})"
 
 
-def _verdict_columns(rows: Sequence[Row], directions: Directions | None) -> list[_Column]:
+def _verdict_columns(rows: Sequence[Row]) -> list[_Column]:
     if not has_verdicts([row.variant for row in rows]):
         return []
     return [
-        _Column(header, partial(_verdict, against=against, directions=directions))
-        for against, header in AGAINST.items()
+        _Column(header, partial(_verdict, against=against)) for against, header in AGAINST.items()
     ]
 
 
-def _verdict(row: Row, against: Against, directions: Directions | None) -> str:
-    found = judged(row.variant, against, row.results, directions)
+def _verdict(row: Row, against: Against) -> str:
+    found = judged(row.variant, against, row.results)
     if found.comparison is None:
         return found.word or NOTHING
     digits = decimals(_values(found.comparison.metric, [row]))
     return f"{found.word} ({difference(found.comparison, digits)})"
 
 
-def _held_notes(results: Sequence[Results], directions: Directions | None) -> list[str]:
+def _held_notes(results: Sequence[Results]) -> list[str]:
     """Which row each verdict is against: the cells have no room for it."""
-    pairs = {
-        header: held_against(results, against, directions) for against, header in AGAINST.items()
-    }
+    pairs = {header: held_against(results, against) for against, header in AGAINST.items()}
     return [f"{header}: {found}." for header, found in pairs.items() if found]
 
 
@@ -362,20 +358,18 @@ _LATEX = str.maketrans(
 )
 
 
-def records(results: Sequence[Results], directions: Directions | None = None) -> list[Record]:
+def records(results: Sequence[Results]) -> list[Record]:
     """One flat record per row with every number unrounded; all have the same keys."""
     names = metric_names(results)
     rows = [Row(document, variant) for document in results for variant in document.variants]
     papers = list(dict.fromkeys(name for row in rows for name in row.variant.paper or {}))
-    found = [_record(row, names, papers, directions) for row in rows]
+    found = [_record(row, names, papers) for row in rows]
     if not any(row.variant.doubt for row in rows):
         return found
     return [{**one, "doubt": row.variant.doubt} for one, row in zip(found, rows, strict=True)]
 
 
-def _record(
-    row: Row, names: Sequence[str], papers: Sequence[str], directions: Directions | None
-) -> Record:
+def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
     variant = row.variant
     cost = Cost() if variant.status == "failed" else variant.cost
     record: Record = {
@@ -392,7 +386,7 @@ def _record(
     for name in names:
         record |= _metric_record(name, _measurement(row, name) or Measurement(value=None))
     for against in AGAINST:
-        record |= _verdict_record(against, judged(variant, against, row.results, directions))
+        record |= _verdict_record(against, judged(variant, against, row.results))
     reported = variant.paper or {}
     return record | cost.model_dump() | {f"paper_{name}": reported.get(name) for name in papers}
 

@@ -26,15 +26,15 @@ _ROLES: dict[Relation, str] = {
 _ON_TRIAL = ("equal-cost", "zero-cost", "half")  # rows that are these to others get no verdict
 
 
-def verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> list[str]:
+def verdicts(results: Results) -> list[str]:
     """One sentence for each finished row that is on trial; none where "better" is undefined.
 
     See :func:`row_verdicts`.
     """
-    return list(row_verdicts(results, directions).values())
+    return list(row_verdicts(results).values())
 
 
-def row_verdicts(results: Results, directions: Mapping[str, bool] | None = None) -> dict[str, str]:
+def row_verdicts(results: Results) -> dict[str, str]:
     """A sentence by row: what the intervals say of it, in the metric that stands for quality.
 
     On trial are rows with callbacks, but for controls that judge others, and rows that stacked
@@ -42,7 +42,7 @@ def row_verdicts(results: Results, directions: Mapping[str, bool] | None = None)
     kind; if it has no equal-cost rival, the sentence says so.
     """
     metric = quality_metric(results)
-    upward = higher_is_better(metric, directions) if metric else None
+    upward = higher_is_better(metric, results) if metric else None
     if metric is None or upward is None:
         return {}
     rows = {row.name: row for row in results.variants if _value(row, metric) is not None}

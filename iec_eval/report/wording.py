@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from iec_eval.intervals import Interval, is_spread
-from iec_eval.results import Results
+from iec_eval.results import Judgement, Results
 
 NOTHING = "-"
 INFINITE = "fid-infinity"  # FID extrapolated to infinitely many images
@@ -25,16 +25,31 @@ _FAMILIES = {
 }
 
 
-def higher_is_better(metric: str, directions: Mapping[str, bool] | None = None) -> bool | None:
-    """Which way a metric improves: as ``directions`` says, else by the name's family, else None.
+def higher_is_better(metric: str, *results: Results) -> bool | None:
+    """Which way a metric improves: as ``results`` say, else by the name's family, else None.
 
     The family is the first word (``fid-fashion`` is an FID); a spread such as ``is_std`` has none.
+    Results that contradict each other leave no direction.
     """
-    if directions and metric in directions:
-        return directions[metric]
+    told = {one.directions[metric] for one in results if metric in one.directions}
+    if told:
+        return told.pop() if len(told) == 1 else None
     if is_spread(metric):
         return None
     return _FAMILIES.get(re.split(r"[^a-z0-9]+", metric.lower())[0])
+
+
+def judgement(interval: Interval | None, better_up: bool | None) -> Judgement | None:
+    """What the interval of a value minus another's says of the first.
+
+    None without an interval, or where neither way is better.
+    """
+    if interval is None or better_up is None:
+        return None
+    low, high = interval
+    if low <= 0 <= high:
+        return "not distinguishable"
+    return "better" if (low > 0) == better_up else "worse"
 
 
 def arrow(better_up: bool | None) -> str:
