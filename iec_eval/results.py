@@ -7,9 +7,9 @@ a number is missing by accident.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -320,27 +320,40 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def require_one_protocol(results: Sequence[Results]) -> None:
-    """Raise Incompatible, naming the keys, unless all were measured in the same way."""
-    for other in results[1:]:
-        here, there = dict(_flat(results[0].protocol)), dict(_flat(other.protocol))
-        keys = sorted(here.keys() | there.keys())
-        differing = [
-            f"{key} ({here.get(key)!r} and {there.get(key)!r})"
-            for key in keys
-            if (key in here, here.get(key)) != (key in there, there.get(key))
-        ]
-        if differing:
+def require_one_protocol(results: Sequence[Results], labels: Sequence[str] = ()) -> None:
+    """Raise Incompatible, naming the keys, unless all were measured in the same way.
+
+    ``labels`` name the results, where their studies' names do not tell them apart.
+    """
+    names = list(labels) or [one.study for one in results]
+    for other, name in zip(results[1:], names[1:], strict=True):
+        keys = differing(results[0].protocol, other.protocol)
+        if keys:
+            told = ", ".join(f"{key} ({here} and {there})" for key, (here, there) in keys.items())
             raise Incompatible(
-                f"results of {results[0].study!r} and {other.study!r} were measured with different "
-                f"protocols, which differ in {', '.join(differing)}; their numbers cannot be "
+                f"results of {names[0]!r} and {name!r} were measured with different "
+                f"protocols, which differ in {told}; their numbers cannot be "
                 "compared, evaluate both with one protocol"
             )
 
 
-def _flat(protocol: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
-    for key, value in protocol.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The keys, dotted, in which two nested mappings differ, with both values as text.
+
+    A mapping that stands against nothing, or against a plain value, is named by its own key alone.
+    """
+    found = {}
+    for key in sorted(here.keys() | there.keys()):
+        one, other = here.get(key), there.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            inner = differing(one, other)
+            found.update({f"{key}.{name}": values for name, values in inner.items()})
+        elif _as_text(here, key) != _as_text(there, key):
+            found[key] = _as_text(here, key), _as_text(there, key)
+    return found
+
+
+def _as_text(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "not there"
+    return "there" if isinstance(values[key], Mapping) else repr(values[key])

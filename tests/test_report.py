@@ -279,9 +279,8 @@ def test_directions_come_from_the_name_unless_given() -> None:
     names = ("fid", "fid-fashion", "fid:tf", "is", "is-fashion", "is_std", "island", "other")
     found = [higher_is_better(name) for name in names]
     assert found == [False, False, False, True, True, None, None, None]
-    told = [
-        toy().model_copy(update={"directions": {"other": up, "fid": up}}) for up in (True, False)
-    ]
+    both: list[dict[str, bool]] = [{"other": up, "fid": up} for up in (True, False)]
+    told = [toy().model_copy(update={"directions": one}) for one in both]
     assert [higher_is_better("other", one) for one in told] == [True, False]
     assert [higher_is_better("fid", one, toy()) for one in told] == [True, False]
     assert higher_is_better("fid", *told) is None  # they contradict each other
@@ -380,7 +379,8 @@ def test_no_verdict_without_a_direction_or_from_unfinished_rows() -> None:
     unclear = row("C", 1.0, 1.0, callbacks=IEC)
     other = unclear.model_copy(update={"metrics": {"other": Measurement(value=1.0)}})
     assert verdicts(toy(other)) == []
-    assert len(verdicts(toy(other), {"other": True})) == 1
+    clear = toy(other).model_copy(update={"directions": {"other": True}})
+    assert len(verdicts(clear)) == 1
     assert verdicts(toy(row("C", 1.0, 1.0, callbacks=IEC, status="partial"))) == []
 
 

@@ -16,6 +16,7 @@ from iec_eval.results import (
     Measurement,
     Results,
     Variant,
+    differing,
     inferred_bases,
     read_results,
     require_one_protocol,
@@ -305,6 +306,21 @@ def test_different_protocols_are_refused_by_the_keys_that_differ() -> None:
         require_one_protocol([here, here, there])
     assert str(caught.value) == (
         "results of 'a' and 'b' were measured with different protocols, which differ in "
-        "splits (None and 0), weights.sha ('x' and 'y'); their numbers cannot be compared, "
+        "splits (not there and 0), weights.sha ('x' and 'y'); their numbers cannot be compared, "
         "evaluate both with one protocol"
     )
+    with pytest.raises(Incompatible, match=r"results of 'runs/1' and 'runs/2' .* weights \(not th"):
+        require_one_protocol(
+            [there.model_copy(update={"protocol": {}}), here], ["runs/1", "runs/2"]
+        )
+
+
+def test_what_differs_is_named_at_the_highest_key_that_one_side_lacks() -> None:
+    here: dict[str, Any] = {"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": 2}
+    there: dict[str, Any] = {"a": {"b": True}, "e": {}, "f": {"g": 2}}
+    assert differing(here, here) == {}
+    assert differing(here, there) == {
+        "a.b": ("1", "True"),
+        "a.c": ("there", "not there"),
+        "f": ("2", "there"),
+    }
