@@ -36,6 +36,7 @@ def manifest(
         "git": git_state(Path(__file__).parent),
         "study": study.model_dump(mode="json"),
         "fingerprints": {job.name: job.plan.fingerprint for job in jobs},
+        "samplers": {job.plan.experiment.name: job.plan.experiment.sampler for job in jobs},
         "model_files": dict(jobs[0].plan.identity),
         "protocol": dict(protocol),
         "versions": versions(),
@@ -44,15 +45,21 @@ def manifest(
     }
 
 
-def recorded_images(path: Path) -> dict[str, Any] | None:
-    """Which images a run made, from its ``manifest.json``: its study's ``images`` but the count.
+def recorded_settings(path: Path) -> dict[str, Any] | None:
+    """What a run's images were made of besides a row's own parts, from its ``manifest.json``.
 
-    None if there is no such file. Raises CorruptFile if it is not a manifest.
+    ``images`` (but the count), ``model``, ``model_files``, ``calibration`` and ``samplers``, by
+    row; older manifests lack the last. None if there is no such file. Raises CorruptFile if it is
+    not a manifest.
     """
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))["study"]["images"]
-        other = "seed" if images.get("seeds") else "seeds"  # the one that says nothing
-        return {key: value for key, value in images.items() if key not in ("count", other)}
+        made = json.loads(path.read_text(encoding="utf-8"))
+        study = made["study"]
+        silent = "seed" if study["images"].get("seeds") else "seeds"  # the one that says nothing
+        images = {k: v for k, v in study["images"].items() if k not in ("count", silent)}
+        shared = {key: study[key] for key in ("model", "calibration") if key in study}
+        own = {key: made[key] for key in ("model_files", "samplers") if key in made}
+        return {"images": images, **shared, **own}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -20,12 +20,12 @@ from iec_eval.generation import set_threads, use_all_threads
 from iec_eval.images import ImagePreparation
 from iec_eval.metrics.statistics import FILE
 from iec_eval.plugins import load_registry
-from iec_eval.provenance import recorded_images
-from iec_eval.report.compare import Run
+from iec_eval.provenance import recorded_settings
 from iec_eval.report.compare import compare as compare_runs
+from iec_eval.report.experiments import Run
 from iec_eval.report.scaling import scaling_as_text
 from iec_eval.report.tables import table as results_table
-from iec_eval.results import read_results
+from iec_eval.results import read_results, require_one_protocol
 from iec_eval.session import Session, list_rows, open_run, prepare
 from iec_eval.storage import write_json, write_text
 from iec_eval.training.card import card_as_text
@@ -95,21 +95,23 @@ def report(source: str, overrides: Sequence[str], out: Path | None) -> list[Path
 
 
 def table(folders: Sequence[Path], form: str) -> str:
-    """The table of one or more run folders, as md, csv, json or latex."""
-    return results_table([read_results(_results_file(f)) for f in folders], form).rstrip("\n")
+    """The table of one or more run folders, as md, csv, json or latex.
+
+    Runs whose studies have one name are told apart by their folders.
+    """
+    found = {label: read_results(file) for label, file in _labelled(folders).items()}
+    results, labels = list(found.values()), list(found)
+    require_one_protocol(results, labels)
+    if len({one.study for one in results}) < len(results):
+        results = [one.model_copy(update={"study": label}) for label, one in found.items()]
+    return results_table(results, form).rstrip("\n")
 
 
 def compare(folders: Sequence[Path], form: str, rows: Sequence[str], metrics: Sequence[str]) -> str:
     """Rows of two or more run folders side by side, as md or json."""
-    files = [_results_file(folder) for folder in folders]
-    names = [file.parent.resolve().name for file in files]
     runs = [
-        Run(
-            name if names.count(name) == 1 else str(folder),
-            read_results(file),
-            recorded_images(file.parent / "manifest.json"),
-        )
-        for name, folder, file in zip(names, folders, files, strict=True)
+        Run(label, read_results(file), recorded_settings(file.parent / "manifest.json"))
+        for label, file in _labelled(folders).items()
     ]
     return compare_runs(runs, form, rows=rows, metrics=metrics)
 
@@ -263,8 +265,21 @@ def _evaluate(session: Session, *, heal: bool) -> Outcome:
     return Outcome(f"{text}\nWritten: {', '.join(str(path) for path in paths)}", complete)
 
 
-def _results_file(folder: Path) -> Path:
-    return folder if folder.suffix == ".json" else folder / "results.json"
+def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
+    """Results files by what to call their runs: the folder's name, or its path if that is taken.
+
+    Raises ConfigError for a run that is given twice.
+    """
+    files = [path if path.suffix == ".json" else path / "results.json" for path in folders]
+    for file, folder in zip(files, folders, strict=True):
+        if [other.resolve() for other in files].count(file.resolve()) > 1:
+            raise ConfigError(f"{folder} is given twice")
+    names = [file.parent.resolve().name for file in files]
+    labels = [
+        name if names.count(name) == 1 else str(folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    return dict(zip(labels, files, strict=True))
 
 
 def _shard(text: str | None) -> tuple[int, int]:

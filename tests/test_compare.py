@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,58 @@ import torch
 from click.testing import Result
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible, UnknownName
-from iec_eval.provenance import recorded_images
-from iec_eval.report.compare import Run, compare, difference_interval, judgement
+from iec_eval.provenance import recorded_settings
+from iec_eval.report.compare import compare, difference_interval
+from iec_eval.report.experiments import Run, apart
+from iec_eval.report.wording import judgement
 from iec_eval.results import Cost, Measurement, Results, Variant, write_results
 
 Ci95 = tuple[float, float] | None
+NUMBERS = count()
 
 
 def row(name: str, fid: float, ci95: Ci95 = None, **more: Any) -> Variant:
+    """A finished row, of another experiment than those made before unless it has a fingerprint."""
     cost = Cost(macs_per_image=more.pop("macs", 2e8))
     metrics = {"fid": Measurement(value=fid, ci95=ci95), "is": Measurement(value=5.0)}
-    return Variant(name=name, fingerprint="f", metrics=metrics, cost=cost, **more)
+    named = {"fingerprint": f"f{next(NUMBERS)}", **more}
+    return Variant(name=name, metrics=metrics, cost=cost, **named)
 
 
 def run(label: str, *rows: Variant, seed: int | None = 0, **more: Any) -> Run:
+    settings = more.pop("settings", {})
     parts: dict[str, Any] = {"study": label, "images": 2000, "protocol": {"id": "p"}, **more}
-    images = None if seed is None else {"seed": seed}
-    return Run(label, Results(variants=list(rows), **parts), images)
+    settings = None if seed is None else {"images": {"seed": seed}, **settings}
+    return Run(label, Results(variants=list(rows), **parts), settings)
+
+
+def quantized(bits: int) -> list[dict[str, Any]]:
+    return [{"name": "quantizer", "bits": bits}]
 
 
 def two() -> list[Run]:
-    first = run("one", row("W8A8", 10.0, (9.7, 10.3)), row("only here", 1.0))
-    return [first, run("two", row("W8A8", 9.0, (8.6, 9.4), macs=3e8), row("new", 2.0))]
+    """Two runs with one row in common, which is a different experiment in each."""
+    one = row("W8A8", 10.0, (9.7, 10.3), efficiency=quantized(8))
+    other = row("W8A8", 9.0, (8.6, 9.4), macs=3e8, efficiency=quantized(9))
+    return [run("one", one, row("only here", 1.0)), run("two", other, row("new", 2.0))]
 
 
 MARKDOWN = """\
-| row  | run |                 fid |           difference | verdict | MACs/image | relative MACs |
-| ---- | --- | ------------------: | -------------------: | ------: | ---------: | ------------: |
-| W8A8 | one | 10.00 [9.70, 10.30] |                    - |       - |      200 M |         1.00x |
-| W8A8 | two |   9.00 [8.60, 9.40] | -1.00 [-1.50, -0.50] |  better |      300 M |         1.50x |
+| row  | run |               fid ↓ |           difference | verdict | MACs/image | MACs vs one |
+| ---- | --- | ------------------: | -------------------: | ------: | ---------: | ----------: |
+| W8A8 | one | 10.00 [9.70, 10.30] |                    - |       - |      200 M |       1.00x |
+| W8A8 | two |   9.00 [8.60, 9.40] | -1.00 [-1.50, -0.50] |  better |      300 M |       1.50x |
 
 2,000 images per row; differences are from one.
 
 Intervals of differences are unpaired: each run was scored on its own, so they are those of \
-independent measurements, and too wide rather than too narrow where runs share their noise.
+independent measurements, and too wide rather than too narrow as the runs share their noise.
 
-In one run only: only here, new."""
+Other experiments in one and two under one name: W8A8 differ in efficiency.quantizer.bits (8 and 9).
+
+Only in one: only here.
+
+Only in two: new."""
 
 
 def test_markdown_whole() -> None:
@@ -57,7 +74,7 @@ def test_markdown_whole() -> None:
 def test_every_metric_has_a_block_and_says_where_noise_may_be_all() -> None:
     text = compare(two(), "md")
     assert text.count("| row ") == 2
-    assert "Differences without an interval may be noise." in text
+    assert "\n\nis has no interval: its differences may be noise, and are not judged.\n\n" in text
 
 
 def test_json_holds_every_number_unrounded() -> None:
@@ -95,10 +112,28 @@ def test_lopsided_intervals_stay_lopsided() -> None:
 
 
 def test_a_judgement_needs_an_interval_off_zero_and_a_direction() -> None:
-    assert judgement("fid", (-2.0, -1.0)) == "better"
-    assert judgement("is", (-2.0, -1.0)) == "worse"
-    assert judgement("fid", (-1.0, 0.0)) == "not distinguishable"
-    assert judgement("fid", None) is judgement("is_std", (1.0, 2.0)) is None
+    assert judgement((-2.0, -1.0), False) == "better"
+    assert judgement((-2.0, -1.0), True) == "worse"
+    assert judgement((-1.0, 0.0), False) == "not distinguishable"
+    assert judgement(None, False) is judgement((1.0, 2.0), None) is None
+
+
+def edges(label: str, value: float, directions: dict[str, bool]) -> Run:
+    measured = {"edges": Measurement(value=value, ci95=(value - 0.1, value + 0.1))}
+    only = row("W8A8", 1.0).model_copy(update={"metrics": measured})
+    return run(label, only, directions=directions)
+
+
+@pytest.mark.parametrize(("higher", "said"), [(True, "better"), (False, "worse"), (None, None)])
+def test_numbers_of_plugins_are_judged_by_the_direction_in_the_results(
+    higher: bool | None, said: str | None
+) -> None:
+    directions = {} if higher is None else {"edges": higher}
+    runs = [edges("one", 1.0, {}), edges("two", 2.0, directions)]  # one is from before
+    assert json.loads(compare(runs, "json"))["entries"][1]["judgement"] == said
+    silent = "edges is not judged: nothing says which way it improves." in compare(runs, "md")
+    assert silent == (higher is None)
+    assert ("| edges ↑ |" in compare(runs, "md").replace("  ", "")) == (higher is True)
 
 
 @pytest.mark.parametrize("status", ["failed", "partial"])
@@ -111,6 +146,10 @@ def test_an_unfinished_row_has_no_numbers(status: str) -> None:
     text = compare([run("two", broken), runs[0]], "md", metrics=["fid"])
     assert "better" not in text
     assert "worse" not in text
+    assert f"\n\nW8A8 in two [{status}]: power cut\n\n" in text
+    found = json.loads(compare([run("two", broken), runs[0]], "json", metrics=["fid"]))
+    assert [one["without"] for one in found["entries"]] == [None, "no value in two"]
+    assert found["entries"][0]["error"] == "power cut"
 
 
 def test_what_was_measured_differently_is_refused_with_the_reason() -> None:
@@ -121,15 +160,64 @@ def test_what_was_measured_differently_is_refused_with_the_reason() -> None:
         compare([one, run("two", row("W8A8", 1.0), images=500)], "md")
 
 
-@pytest.mark.parametrize("seed", [1, None])
-def test_other_seeds_are_refused_where_no_interval_tells_noise_from_effect(
-    seed: int | None,
+@pytest.mark.parametrize(("seed", "told"), [(1, "seed 1"), (None, "unknown, no manifest.json")])
+def test_without_an_interval_runs_of_other_noise_have_no_difference(
+    seed: int | None, told: str
 ) -> None:
     one, other = two()[0], run("two", row("W8A8", 9.0, (8.6, 9.4)), seed=seed)
-    told = "unknown" if seed is None else "1"
-    with pytest.raises(Incompatible, match=rf"seeds \(0 in one, {told} in two\) and is has no"):
-        compare([one, other], "md")
-    assert "better" in compare([one, other], "md", metrics=["fid"])
+    text = compare([one, other], "md")
+    assert f"for runs that share theirs (one: seed 0; two: {told})." in text
+    assert "is has no interval, and the runs do not share their noise" in text
+    of_fid, of_is = json.loads(compare([one, other], "json"))["entries"][1::2]
+    assert (of_fid["difference"], of_fid["judgement"]) == (-1.0, "better")
+    assert (of_is["difference"], of_is["without"]) == (None, "no interval, and other noise")
+
+
+def test_a_difference_within_one_experiment_is_not_the_noises() -> None:
+    rows = [row("W8A8", fid, (fid - 0.1, fid + 0.1), fingerprint="same") for fid in (10.0, 9.0)]
+    runs = [run(label, one) for label, one in zip(("one", "two"), rows, strict=True)]
+    line, text = compare(runs, "md", metrics=["fid"]).splitlines()[3], compare(runs, "md")
+    assert [cell.strip() for cell in line.split("|")[4:6]] == ["-1.00", "same experiment"]
+    assert "better" not in text
+    assert "same experiment: model, sampler, parts and noise agree" in text
+    entry = json.loads(compare(runs, "json"))["entries"][1]
+    assert (entry["same_experiment"], entry["difference_ci95"]) == (True, None)
+
+
+def test_rows_of_one_name_are_told_apart_by_all_that_is_known_of_them() -> None:
+    def told(here: Variant, there: Variant, **settings: Any) -> str:
+        first = run("one", here, settings={"model": {"name": "m"}, "samplers": {"A": {"steps": 5}}})
+        return apart("A", first, run("two", there, settings=settings))
+
+    plain, cached = row("A", 1.0), row("A", 1.0, efficiency=[{"name": "cache", "cut": 1}])
+    samplers = {"B": {"steps": 9}, "A": {"steps": 7}}
+    assert told(plain, plain, model={"name": "other"}) == ""  # one fingerprint: one experiment
+    other = row("A", 2.0)
+    assert told(plain, other, samplers=samplers) == "sampler.steps (5 and 7)"
+    assert told(plain, other, model={"name": "n"}) == "model.name ('m' and 'n')"
+    assert told(plain, cached) == "efficiency.cache (not there and there)"
+    assert told(plain, other).startswith("their fingerprints, for a reason")
+    assert apart("B", run("one", plain), run("two", other)) == ""
+
+
+def test_calibration_tells_rows_apart_only_where_something_is_calibrated() -> None:
+    def told(**parts: Any) -> str:
+        runs = [
+            run(str(n), row("A", 1.0, **parts), settings={"calibration": {"seed": n}})
+            for n in range(2)
+        ]
+        return apart("A", *runs)
+
+    assert told(efficiency=quantized(8)) == "calibration.seed (0 and 1)"
+    assert told().startswith("their fingerprints")
+
+
+def test_runs_without_a_row_in_common_and_runs_given_twice_are_refused() -> None:
+    runs = [run("one", row("A", 1.0)), run("two", row("B", 1.0), row("C", 1.0))]
+    with pytest.raises(Incompatible, match=r"same name \(one: A; two: B, C\)"):
+        compare(runs, "md")
+    with pytest.raises(ConfigError, match="one is given twice"):
+        compare([runs[0], runs[0]], "md")
 
 
 def test_unknown_names_and_too_few_runs_are_refused() -> None:
@@ -143,28 +231,53 @@ def test_unknown_names_and_too_few_runs_are_refused() -> None:
         compare(two(), "csv")
 
 
-def test_a_manifest_tells_which_images_or_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_tells_what_images_are_made_of_or_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    assert recorded_images(path) is None
-    path.write_text('{"study": {"images": {"seed": 3, "count": 9}}}')
-    assert recorded_images(path) == {"seed": 3}
+    assert recorded_settings(path) is None
+    path.write_text('{"study": {"images": {"seed": 3, "count": 9}}}')  # as older ones are
+    assert recorded_settings(path) == {"images": {"seed": 3}}
+    more = {"model_files": {"a": "b"}, "samplers": {"row": {"name": "ddim"}}}
+    study = {"model": {"name": "m"}, "calibration": {"seed": 1}}
+    made = {"study": {**study, "images": {"seed": 3}, "study": "s"}, **more, "git": "abc"}
+    path.write_text(json.dumps(made))
+    assert recorded_settings(path) == {"images": {"seed": 3}, **study, **more}
     for text in ("{", "[]", '{"study": {}}', '{"study": {"images": 5}}'):
         path.write_text(text)
         with pytest.raises(CorruptFile, match="not the manifest of a run"):
-            recorded_images(path)
+            recorded_settings(path)
 
 
 def test_the_command_compares_run_folders(cli: Callable[..., Result], tmp_path: Path) -> None:
-    folders = [tmp_path / one.label for one in two()]
-    for folder, one in zip(folders, two(), strict=True):
+    runs = two()
+    folders = [tmp_path / one.label for one in runs]
+    for folder, one in zip(folders, runs, strict=True):
         write_results(folder / "results.json", one.results)
         (folder / "manifest.json").write_text('{"study": {"images": {"seed": 0}}}')
     shown = cli("compare", *folders, "--metric", "fid", "--row", "W8A8")
     assert shown.exit_code == 0
-    assert shown.stdout == compare(two(), "md", metrics=["fid"], rows=["W8A8"]) + "\n"
+    assert shown.stdout == compare(runs, "md", metrics=["fid"], rows=["W8A8"]) + "\n"
     found = json.loads(cli("compare", folders[0], folders[1], "--json").stdout)
-    assert found == json.loads(compare(two(), "json"))
+    assert found == json.loads(compare(runs, "json"))
     (folders[1] / "manifest.json").write_text('{"study": {"images": {"seed": 1}}}')
-    refused = cli("compare", *folders)
-    assert refused.exit_code == 2
-    assert "different seeds (0 in one, 1 in two)" in refused.stderr
+    assert "(one: seed 0; two: seed 1)" in cli("compare", *folders).stdout
+    twice = cli("compare", folders[0], f"{folders[0]}/results.json")
+    assert (twice.exit_code, "one is given twice" in twice.stderr) == (2, True)
+
+
+def test_runs_of_one_study_are_named_by_their_folders(
+    cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
+    for place, folder in enumerate(folders):
+        protocol = {"id": "q" if place == 2 else "p"}
+        one = run("mine", row("W8A8", 9.0 + place), protocol=protocol)
+        write_results(folder / "results.json", one.results)
+    for command in ("table", "compare"):
+        refused = cli(command, folders[0], folders[2])
+        assert refused.exit_code == 2
+        assert "of 'run' and 'c' were measured with different protocols" in refused.stderr
+    found = json.loads(cli("table", *folders[:2], "--json").stdout)
+    assert [one["study"] for one in found] == [str(folder) for folder in folders[:2]]
+    assert [one["study"] for one in json.loads(cli("table", folders[0], "--json").stdout)] == [
+        "mine"
+    ]

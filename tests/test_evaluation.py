@@ -271,7 +271,7 @@ def test_numbers_improve_as_their_metric_says(
 ) -> None:
     monkeypatch.setattr(Sharpness, "higher_is_better", higher)
     session = prepare(str(launched.study), [], launched.out)
-    (cost,) = evaluation_costs(session.plans[:1])
+    (cost,) = evaluation_costs([session.firsts[0].plan])
     scored = score(session.jobs[0], [Sharpness()], cost, Progress("", visible=False))
     assert scored.row.metrics.keys() == {"edges", "edges-std"}
     assert scored.directions == wanted

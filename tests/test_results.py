@@ -309,10 +309,11 @@ def test_different_protocols_are_refused_by_the_keys_that_differ() -> None:
         "splits (not there and 0), weights.sha ('x' and 'y'); their numbers cannot be compared, "
         "evaluate both with one protocol"
     )
-    with pytest.raises(Incompatible, match=r"results of 'runs/1' and 'runs/2' .* weights \(not th"):
-        require_one_protocol(
-            [there.model_copy(update={"protocol": {}}), here], ["runs/1", "runs/2"]
-        )
+    bare = there.model_copy(update={"protocol": {}})
+    with pytest.raises(
+        Incompatible, match=r"of 'x/1' and 'x/2' .* weights \(not there and there\)"
+    ):
+        require_one_protocol([bare, here], ["x/1", "x/2"])
 
 
 def test_what_differs_is_named_at_the_highest_key_that_one_side_lacks() -> None:

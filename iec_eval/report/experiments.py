@@ -51,10 +51,12 @@ def apart(name: str, first: Run, other: Run) -> str:
     rows = first.row(name), other.row(name)
     if rows[0] is None or rows[1] is None or same_experiment(rows[0], rows[1]):
         return ""
-    keys = differing(_settings(first, rows[0]), _settings(other, rows[1]))
+    here, there = _settings(first, rows[0]), _settings(other, rows[1])
+    known = here.keys() & there.keys()  # an older manifest says less than a new one
+    keys = differing({key: here[key] for key in known}, {key: there[key] for key in known})
     if not keys:
         return "their fingerprints, for a reason that results and manifests do not tell"
-    return ", ".join(f"{key} ({here} and {there})" for key, (here, there) in keys.items())
+    return ", ".join(f"{key} ({one} and {two})" for key, (one, two) in keys.items())
 
 
 def _settings(run: Run, row: Variant) -> dict[str, Any]:
