@@ -60,7 +60,8 @@ MARKDOWN = """\
 Intervals of differences are unpaired: each run was scored on its own, so they are those of \
 independent measurements, and too wide rather than too narrow as the runs share their noise.
 
-Other experiments in one and two under one name: W8A8 differ in efficiency.quantizer.bits (8 and 9).
+Other experiments in one and two under one name: W8A8 differs in \
+efficiency.quantizer.bits (8 and 9).
 
 Only in one: only here.
 
@@ -276,6 +277,10 @@ def test_runs_of_one_study_are_named_by_their_folders(
         refused = cli(command, folders[0], folders[2])
         assert refused.exit_code == 2
         assert "of 'run' and 'c' were measured with different protocols" in refused.stderr
+    broken = run("mine", row("W8A8", 1.0, status="partial", error="power cut"))
+    write_results(folders[1] / "results.json", broken.results)
+    assert f"\n{folders[1]}, W8A8 [partial]: power cut\n" in cli("table", *folders[:2]).stdout
+    assert "\nW8A8 [partial]: power cut\n" in cli("table", folders[1]).stdout
     found = json.loads(cli("table", *folders[:2], "--json").stdout)
     assert [one["study"] for one in found] == [str(folder) for folder in folders[:2]]
     assert [one["study"] for one in json.loads(cli("table", folders[0], "--json").stdout)] == [

@@ -298,7 +298,7 @@ def _experiment_notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str
         reasons.pop("", None)
         notes += [
             f"Other experiments in {runs[0].label} and {run.label} under one name: "
-            f"{', '.join(names)} differ in {told}."
+            f"{', '.join(names)} {'differs' if len(names) == 1 else 'differ'} in {told}."
             for told, names in reasons.items()
         ]
     if any(entry.same_experiment for entry in entries):

@@ -69,8 +69,13 @@ class Grid:
 
     def footnotes(self) -> list[str]:
         """Everything that belongs under the table, also why a row is not done."""
-        endings = [ending(row.variant) for row in self.rows]
-        return [self.reading, *self.notes, *filter(None, endings)]
+        several = len({id(row.results) for row in self.rows}) > 1
+        endings = [
+            (f"{row.results.study}, " if several else "") + why
+            for row in self.rows
+            if (why := ending(row.variant))
+        ]
+        return [self.reading, *self.notes, *endings]
 
 
 @dataclass(frozen=True)
