@@ -84,6 +84,7 @@ def small() -> Results:
         row("Full", 9.873, 2.46e8, control=True),
         row("Cached", 11.92, 1.524e8, efficiency=CACHE, full=7, cached=13),
         row("Cached + IEC", 10.77, 2.385e8, efficiency=CACHE, callbacks=IEC, full=14, cached=13),
+        controls=["full-precision"],
     )
 
 
@@ -169,6 +170,7 @@ def test_csv_whole_and_json_alike() -> None:
     results = toy(
         row("A", 2.0, 200.0, control=True, ci95=(1.5, 2.5)),
         row("B", 1.5, 400.0, callbacks=IEC, full=40, comparisons=[against("A", "base", -0.5)]),
+        controls=["full-precision"],
     )
     assert table([results], "csv") == CSV
     found = json.loads(table([results], "json"))
@@ -338,8 +340,14 @@ def test_a_verdict_without_controls_says_so() -> None:
     (found,) = verdicts(toy(*plain(), corrected(("P", "base", -1.5, None, None))))
     assert found.endswith(
         "without an interval, against its base P (fid-fashion 10.00 at 2.00x MACs) (-1.50); no "
-        "equal-cost rival was run (controls off, or none finished)."
+        "equal-cost rival: none has finished."
     )
+    (off,) = verdicts(toy(*plain(), corrected(), controls=[]))
+    assert off.endswith("no equal-cost rival: controls are off.")
+    (free,) = verdicts(toy(*plain(), corrected(), controls=["equal-cost"]))
+    assert free.endswith("no equal-cost rival: the callbacks cost no more than their base.")
+    (lacking,) = verdicts(toy(*plain(), corrected(lacks=["steps"]), controls=["equal-cost"]))
+    assert lacking.endswith("no equal-cost rival: none could be had.")
 
 
 def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
@@ -811,8 +819,8 @@ def test_the_strongest_rival_is_the_best_one() -> None:
 def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
     ended = {"status": status, "error": "power cut"}
     comparison = [against("base", "base", -1.0)]
-    one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=comparison, judges={"base": "base"})
-    base = row("base", 3.0, 1e8)
+    one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=comparison)
+    base = row("base", 3.0, 1e8, judges={"C": "base"})
     assert verdict_of(one, "base", base).word == "better"
     broken = verdict_of(one.model_copy(update=ended), "base", base)
     assert (broken.comparison, broken.word) == (None, status)
@@ -823,10 +831,30 @@ def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
     assert 'id="compared"' not in report_page(study, [], {})
 
 
-def test_where_controls_are_off_the_column_says_so() -> None:
+def test_the_column_says_why_there_is_no_rival() -> None:
+    """``judges`` stands in the rival: it names the rows that are compared with it."""
     one = row("C", 2.0, 2e8, callbacks=IEC)
-    assert verdict_of(one, "equal-cost").word == "controls off"
-    judged_later = one.model_copy(update={"judges": {"R": "equal-cost"}})
-    assert verdict_of(judged_later, "equal-cost").word == "not judged"
-    assert verdict_of(one.model_copy(update={"control": True}), "equal-cost").word == ""
-    assert verdict_of(row("plain", 1.0, 1e8), "base").word == ""
+    rival = row("R", 1.0, 2e8, judges={"C": "equal-cost"})
+
+    def word(tried: Variant, *others: Variant, controls: list[str] | None) -> str:
+        return judged(tried, "equal-cost", toy(tried, *others, controls=controls)).word
+
+    assert word(one, controls=[]) == word(one, controls=["full-precision"]) == "controls off"
+    assert word(one, rival, controls=["equal-cost"]) == "not judged"
+    assert word(one, controls=["equal-cost"]) == "costs no more"
+    lacking = one.model_copy(update={"lacks": ["more steps: too few"]})
+    assert word(lacking, controls=["equal-cost"]) == "none to be had"
+    assert word(one, controls=None) == "not judged"  # files that do not say
+
+
+@pytest.mark.parametrize("against", ["base", "equal-cost"])
+def test_a_row_that_others_are_held_against_is_not_on_trial(against: Against) -> None:
+    one = row("C", 2.0, 2e8, callbacks=IEC)
+    for other in (
+        row("plain", 1.0, 1e8),
+        row("base", 1.0, 1e8, judges={"C": "base"}),
+        row("steps", 1.0, 2e8, judges={"C": "equal-cost"}),
+        row("Heun", 1.0, 2e8, callbacks=IEC, control=True, judges={"C": "equal-cost"}),
+    ):
+        assert verdict_of(other, against, one).word == ""
+    assert verdict_of(one.model_copy(update={"control": True}), against).word == "not judged"

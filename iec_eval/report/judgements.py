@@ -23,6 +23,7 @@ RELATIONS: Mapping[Relation, str] = {
     "stacking": "the parts put one on the other",
     "full-precision": "full precision",
 }
+RIVALS: tuple[Relation, ...] = ("equal-cost", "zero-cost", "half")
 _WORDS = {"better": "better than", "worse": "worse than"}
 
 
@@ -68,22 +69,30 @@ def judged(
         one for one in comparisons(row, results) if one.relation == against and one.metric == metric
     ]
     if not found:
-        return Judged(missing=_missing(row, against))
+        return Judged(missing=why_missing(row, against, results))
     upward = higher_is_better(metric or "", results)
     # this row minus a rival: the better the rival, the lower (or, for an FID, the higher) that is
     strongest = min if upward else max
     return Judged(strongest(found, key=lambda one: one.value))
 
 
-def _missing(row: Variant, against: Against) -> str:
-    judges = [name for name, relation in row.judges.items() if relation == against]
+def is_rival(row: Variant) -> bool:
+    """Whether a row stands against others that are on trial, and so is not on trial itself."""
+    return any(relation in RIVALS for relation in row.judges.values())
+
+
+def why_missing(row: Variant, against: Against, results: Results) -> str:
+    """Why a row has no comparison of a kind; nothing for a row that is not to be judged."""
     if row.status != "done":
         return row.status
-    if judges:
-        return "not judged"  # the other row is not finished, or there are no intervals
-    if not row.callbacks or row.control:
+    if not row.callbacks or is_rival(row):
         return ""
-    return "not judged" if against == "base" else "controls off"
+    found = any(other.judges.get(row.name) == against for other in results.variants)
+    if against == "base" or found or results.controls is None:
+        return "not judged"  # the other row is not finished or not there, or nothing has intervals
+    if against not in results.controls:
+        return "controls off"
+    return "none to be had" if row.lacks else "costs no more"
 
 
 def difference(found: Comparison, digits: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from iec_eval.report.judgements import is_rival, why_missing
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
@@ -23,7 +24,11 @@ _ROLES: dict[Relation, str] = {
     "half": "the best half of the callback",
     "stacking": "its parts stacked",
 }
-_ON_TRIAL = ("equal-cost", "zero-cost", "half")  # rows that are these to others get no verdict
+_NO_RIVAL = {
+    "controls off": "controls are off",
+    "none to be had": "none could be had",
+    "costs no more": "the callbacks cost no more than their base",
+}
 
 
 def verdicts(results: Results) -> list[str]:
@@ -39,7 +44,7 @@ def row_verdicts(results: Results) -> dict[str, str]:
 
     On trial are rows with callbacks, but for controls that judge others, and rows that stacked
     parts are compared with. Each is compared with its base and with the strongest rival of every
-    kind; if it has no equal-cost rival, the sentence says so.
+    kind; if it has no equal-cost rival, the sentence says why.
     """
     metric = quality_metric(results)
     upward = higher_is_better(metric, results) if metric else None
@@ -47,12 +52,12 @@ def row_verdicts(results: Results) -> dict[str, str]:
         return {}
     rows = {row.name: row for row in results.variants if _value(row, metric) is not None}
     digits = decimals(_value(row, metric) or 0.0 for row in rows.values())
-    clerk = _Clerk(rows, metric, upward, digits)
+    clerk = _Clerk(results, rows, metric, upward, digits)
     return {name: clerk.sentence(row) for name, row in rows.items() if _on_trial(row, metric)}
 
 
 def _on_trial(row: Variant, metric: str) -> bool:
-    if any(relation in _ON_TRIAL for relation in row.judges.values()):
+    if is_rival(row):
         return False
     stacked = any(one.relation == "stacking" for one in _of(row.comparisons, metric))
     return bool(row.callbacks) or stacked
@@ -70,15 +75,24 @@ def _of(comparisons: Sequence[Comparison], metric: str) -> list[Comparison]:
 class _Clerk:
     """Words the comparisons of finished rows in one metric."""
 
-    def __init__(self, rows: Mapping[str, Variant], metric: str, upward: bool, digits: int) -> None:
-        self._rows, self._metric, self._upward, self._digits = rows, metric, upward, digits
+    def __init__(
+        self,
+        results: Results,
+        rows: Mapping[str, Variant],
+        metric: str,
+        upward: bool,
+        digits: int,
+    ) -> None:
+        self._results, self._rows, self._metric = results, rows, metric
+        self._upward, self._digits = upward, digits
 
     def sentence(self, row: Variant) -> str:
         """The row's whole verdict."""
         found = _of(row.comparisons, self._metric)
         clauses = [self._clause(one, _ROLES[one.relation]) for one in self._strongest(found)]
         if row.callbacks and not any(one.relation == "equal-cost" for one in found):
-            clauses.append("no equal-cost rival was run (controls off, or none finished)")
+            why = why_missing(row, "equal-cost", self._results)
+            clauses.append(f"no equal-cost rival: {_NO_RIVAL.get(why, 'none has finished')}")
         return f"{self._shown(row)}: {'; '.join(clauses)}."
 
     def _strongest(self, found: Sequence[Comparison]) -> list[Comparison]:
