@@ -282,17 +282,18 @@ def _equal_cost(row: Corrected) -> list[_Rival]:
 
 
 def more_steps(row: Corrected) -> Experiment:
-    """The base with the fewest sampler steps that cost at least 98 % of the row.
+    """The base with the number of sampler steps whose cost is nearest to the row's.
 
-    A sampler or method may refuse some numbers of steps, so that the next one it takes costs more
-    than just that; up to 10 % more is taken.
+    Not the fewest that are near enough: such rivals would all be 2 % short. A sampler or method
+    may refuse some numbers of steps; where those it takes leave none within the tolerance, the
+    next that costs more is taken, up to 10 % more.
 
     Raises Incompatible if there is no such number, or no option ``steps``.
     """
     steps = getattr(row.base.sampler.options, "steps", None)
     if type(steps) is not int:
         raise Incompatible(f"sampler {row.base.sampler.name!r} has no option called steps")
-    taken, refusal = steps, ""
+    below, last, refusal = row.base.experiment, steps, ""
     for number in range(steps + 1, _most_steps(row, steps) + 1):
         experiment = row.without(
             f"{number} steps", sampler={**row.base.experiment.sampler, "steps": number}
@@ -302,13 +303,17 @@ def more_steps(row: Corrected) -> Experiment:
         except Exception as error:  # whatever a sampler says to a number it does not like
             refusal = f"; {error}"
             continue
-        if row.near(macs) or (macs > row.target and taken == number - 1):
+        if macs < row.target:
+            below, last = experiment, number
+            continue
+        nearer = macs - row.target <= row.target - _macs_of_steps(row, below)
+        if (nearer or not _spends_as_much(row, below)) and (row.near(macs) or last == number - 1):
             return experiment
-        if macs > row.target:
-            break
-        taken = number
+        break
+    if _spends_as_much(row, below):
+        return below
     raise Incompatible(
-        f"no number of steps that the sampler takes costs as much: {taken} cost too little, the "
+        f"no number of steps that the sampler takes costs as much: {last} cost too little, the "
         f"next that it takes more than {1 + JUST_ABOVE:g} times as much{refusal}"
     )
 
@@ -316,6 +321,12 @@ def more_steps(row: Corrected) -> Experiment:
 def _most_steps(row: Corrected, steps: int) -> int:
     """More are not looked at: they cost about twice what is wanted."""
     return 2 * math.ceil(steps * row.target / row.macs(row.base))
+
+
+def _spends_as_much(row: Corrected, experiment: Experiment) -> bool:
+    """Whether other steps cost as much as the row; the base's own do not, however near."""
+    changed = experiment is not row.base.experiment
+    return changed and row.near(_macs_of_steps(row, experiment))
 
 
 def _macs_of_steps(row: Corrected, experiment: Experiment) -> float:
