@@ -25,6 +25,7 @@ from iec_eval.calibration import (
 )
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
+from iec_eval.denoising import evaluator_of
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.metrics.base import Metric, PairedMetric
@@ -377,6 +378,7 @@ def _check(plan: Plan) -> None:
     total = len(plan.sampler.timesteps)
     try:
         clock = Clock(total, plan.planned_full_steps())
+        evaluator_of(plan.callbacks)
         for callback in plan.callbacks:
             callback.check(plan.sampler, clock)
     except ConfigError as error:

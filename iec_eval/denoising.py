@@ -232,7 +232,7 @@ def denoise(
 
     Raises Incompatible if two callbacks want to make the steps' own evaluations.
     """
-    evaluator = _evaluator(callbacks)
+    evaluator = evaluator_of(callbacks)
     state = sampler.start(noise.initial())
     for index in range(len(sampler.timesteps)):
         step = Step(index, state, sampler, denoiser, noise, evaluator)
@@ -245,8 +245,11 @@ def denoise(
     return state.sample
 
 
-def _evaluator(callbacks: Sequence[DenoisingCallback]) -> DenoisingCallback | None:
-    """The one callback that makes the steps' own evaluations, if any does."""
+def evaluator_of(callbacks: Sequence[DenoisingCallback]) -> DenoisingCallback | None:
+    """The one callback that makes the steps' own evaluations, if any does.
+
+    Raises Incompatible if there are several.
+    """
     found = [callback for callback in callbacks if callback.evaluates]
     if len(found) > 1:
         names = " and ".join(callback.name for callback in found)

@@ -291,6 +291,14 @@ def test_a_sampler_without_steps_is_no_error(plans: Plans) -> None:
     ]
 
 
+def test_two_callbacks_that_make_the_evaluations_are_refused_before_anything_runs(
+    plans: Plans,
+) -> None:
+    row = {"name": "row", "callbacks": [{"name": "look-ahead"}, {"name": "time-shift"}]}
+    with pytest.raises(Incompatible, match="row: look-ahead and time-shift each make the steps'"):
+        plans([row], controls=[])
+
+
 def test_a_row_that_cannot_be_counted_is_no_error(plans: Plans) -> None:
     found = plans(pair("plain", [{"name": "uncountable"}]), controls=["equal-cost"])
     assert [*found] == ["plain", "plain + IEC"]
