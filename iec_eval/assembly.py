@@ -320,7 +320,7 @@ def _keyed(plan: Plan) -> list[tuple[EfficiencyMethod | DenoisingCallback, str]]
     """The methods' parts, then the callbacks, each with the key of what it may calibrate."""
     row = plan.experiment
     key = root_key(
-        {**row.model, "files": dict(plan.identity)}, row.sampler, row.calibration.model_dump()
+        {**row.model, "files": dict(plan.identity)}, row.sampler, row.calibration.identity()
     )
     parts: list[EfficiencyMethod | DenoisingCallback] = [*plan.parts(), *plan.callbacks]
     keyed = []

@@ -130,7 +130,7 @@ class Bench:
         for indices in batches:
             condition = self.model.calibration_condition(indices).to(self.device)
             denoiser = Denoiser(self.network, condition, self.clock)
-            noise = Noise(self.seed, indices, self.model.shape, self.device)
+            noise = Noise(self.seed, indices, self.model.shape, self.device, calibration=True)
             with torch.inference_mode():
                 denoise(
                     self.sampler,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _INITIAL = 0
+_SCORED, _CALIBRATION = 0, 1
 
 
 class Noise:
@@ -25,6 +26,8 @@ class Noise:
         images: indices of the images in the batch.
         shape: of one image's latent, ``(C, H, W)``.
         device: where the results go; drawing always happens on the CPU.
+        calibration: whether it is for calibration, whose noise is never that of scored images,
+            whatever the two seeds.
     """
 
     def __init__(
@@ -33,9 +36,12 @@ class Noise:
         images: Sequence[int],
         shape: Sequence[int],
         device: torch.device | str = "cpu",
+        *,
+        calibration: bool = False,
     ) -> None:
         self.seed, self.images, self.shape = seed, tuple(images), tuple(shape)
         self.device = torch.device(device)
+        self._purpose = _CALIBRATION if calibration else _SCORED
 
     def initial(self) -> Tensor:
         """The starting point x_T, standard normal ``[B, C, H, W]``."""
@@ -50,7 +56,9 @@ class Noise:
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
     def _row(self, image: int, stream: int, evaluation: int) -> np.ndarray:
-        bits = np.random.Philox(key=[self.seed, image], counter=[0, 0, evaluation, stream])
+        bits = np.random.Philox(
+            key=[self.seed, image], counter=[0, self._purpose, evaluation, stream]
+        )
         return np.random.Generator(bits).standard_normal(self.shape, dtype=np.float32)
 
 

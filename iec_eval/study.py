@@ -24,6 +24,7 @@ Control = Literal[
     "full-precision", "full-precision+iec", "equal-cost", "zero-cost", "halves", "naive-stacking"
 ]
 Relation = Literal["base", "equal-cost", "zero-cost", "half", "stacking", "full-precision"]
+CALIBRATION_NOISE = 2  # version; 1 was that of scored images of the same seed
 INHERITED = ("sampler", "efficiency", "callbacks")
 
 
@@ -65,6 +66,10 @@ class CalibrationSpec(BaseOptions):
 
     seed: int = Field(1, ge=0, lt=2**63, description="of the calibration noise")
     images: int = Field(512, ge=1, description="calibration images")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the calibration images: the options, and how their noise is drawn."""
+        return {**self.model_dump(), "noise": CALIBRATION_NOISE}
 
 
 class ExecutionSpec(BaseOptions):
@@ -231,7 +236,7 @@ class Experiment(BaseOptions):
             "efficiency": self.efficiency,
             "callbacks": self.callbacks,
             "seed": self.images.seed,
-            "calibration": self.calibration.model_dump() if self.efficiency or calibrated else None,
+            "calibration": self.calibration.identity() if self.efficiency or calibrated else None,
         }
         if batching is not None:
             content["batching"] = dict(batching)

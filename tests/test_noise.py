@@ -45,13 +45,20 @@ def test_distinct_across_seed_image_step_and_evaluation() -> None:
     assert len(numbers.unique()) > 0.999 * numbers.numel()
 
 
+def test_calibration_is_never_shown_the_noise_of_scored_images() -> None:
+    scored, shown = Noise(7, [1, 2], SHAPE), Noise(7, [1, 2], SHAPE, calibration=True)
+    both = [scored.initial(), shown.initial(), scored.draw(3, 1).value, shown.draw(3, 1).value]
+    assert len(torch.cat(both).unique()) == 4 * 2 * 3 * 4 * 5
+
+
 def test_streams_are_uncorrelated() -> None:
     shape = (1, 64, 64)
     noise = Noise(3, [0, 1], shape)
     rows = [noise.initial(), noise.draw(0).value, noise.draw(1).value, noise.draw(0, 1).value]
     rows += [Noise(4, [0, 1], shape).initial()]
-    correlation = torch.corrcoef(torch.cat(rows).flatten(1)) - torch.eye(10)
-    # ten rows of 4096: the largest of 45 correlations is above 0.07 once in 10^4 times
+    rows += [Noise(3, [0, 1], shape, calibration=True).initial()]
+    correlation = torch.corrcoef(torch.cat(rows).flatten(1)) - torch.eye(12)
+    # twelve rows of 4096: the largest of 66 correlations is above 0.07 once in 10^4 times
     assert correlation.abs().max() < 0.07
 
 
