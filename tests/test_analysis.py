@@ -290,7 +290,7 @@ def plan_with(sampler: Sampler) -> Plan:
         name="a row", control=False, model={}, sampler={}, efficiency=[], callbacks=[],
         images=ImagesSpec(), calibration=CalibrationSpec(),
     )  # fmt: skip
-    return Plan(row, TinyModel(), {}, sampler, [], [], "fingerprint")
+    return Plan(row, TinyModel(), {}, {}, sampler, [], [], "fingerprint")
 
 
 def diffusers(scheduler: str) -> DiffusersSampler:

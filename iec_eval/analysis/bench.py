@@ -109,7 +109,9 @@ class Bench:
         denoiser = self.denoiser(plan, images)
         callbacks = [*before, *self.assembly(plan).plan.callbacks, *after]
         with torch.no_grad():
-            noise = Noise(plan.experiment.images.seed, range(images), plan.model.shape, self.device)
+            seed, shape = plan.experiment.images.seed, plan.model.shape
+            # what is recommended must not be fitted to images that are scored
+            noise = Noise(seed, range(images), shape, self.device, calibration=True)
             return denoise(plan.sampler, denoiser, noise, callbacks)
 
     def trajectory(self, plan: Plan, images: int) -> Tensor:
