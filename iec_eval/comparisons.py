@@ -22,7 +22,7 @@ def with_comparisons(results: Results, estimates: Estimates) -> Results:
     """Fill in the intervals of differences, and each finished row's comparisons with its judges.
 
     ``estimates`` are those the rows were scored with. A row is compared with every row that names
-    it in its ``judges``, and with its base (:func:`inferred_bases`), in every metric that both
+    it in its ``judge_of``, and with its base (:func:`inferred_bases`), in every metric that both
     have. Intervals against equal-cost rivals hold for all of a row's equal-cost rivals together, so
     that the strongest may be picked by looking at them.
     """
@@ -47,8 +47,8 @@ def judges_of(results: Results) -> dict[str, dict[str, Relation]]:
         base = bases.get(row.name)
         found[row.name] = {} if base is None else {base: "base"}
         for other in results.variants:
-            if row.name in other.judges:
-                found[row.name].setdefault(other.name, other.judges[row.name])
+            if row.name in other.judge_of:
+                found[row.name].setdefault(other.name, other.judge_of[row.name])
     return found
 
 

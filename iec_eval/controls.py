@@ -62,7 +62,7 @@ def plan_with_controls(
     wanted = study.wanted_controls()
     if "full-precision" in wanted:
         table.compare_with_full_precision()
-    for row in table.own if wanted else []:
+    for row in table.own:
         table.add_controls(row, wanted)
     return [row.planned() for row in table.rows()]
 
@@ -85,7 +85,7 @@ class _Row:
     """A row of the table: its plan, whom it judges, what it lacks, the controls added for it."""
 
     plan: Plan
-    judges: dict[str, Relation] = field(default_factory=dict)
+    judge_of: dict[str, Relation] = field(default_factory=dict)
     lacks: list[str] = field(default_factory=list)
     added: list[_Row] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ class _Row:
 
     def planned(self) -> Plan:
         """The plan, which says what has been found out about the row."""
-        found = {"judges": self.judges, "lacks": self.lacks}
+        found = {"judge_of": self.judge_of, "lacks": self.lacks}
         return replace(self.plan, experiment=self.plan.experiment.model_copy(update=found))
 
 
@@ -124,14 +124,14 @@ class _Table:
         for row in self.own if judge else []:
             plain = row.plan.methods and not row.plan.callbacks
             if judge and plain and _options(row.plan.sampler) == _options(judge.plan.sampler):
-                judge.judges[row.name] = "full-precision"
+                judge.judge_of[row.name] = "full-precision"
 
     def add_controls(self, row: _Row, wanted: Sequence[Control]) -> None:
         """Add the controls of one of the study's own rows, of the kinds that are wanted."""
         if row.plan.callbacks:
             self._add_for_correction(row, wanted)
         if "naive-stacking" in wanted:
-            bases = [added for added in row.added if "base" in added.judges.values()]
+            bases = [added for added in row.added if "base" in added.judge_of.values()]
             for plain in [row, *bases]:
                 self._add_stacking(row, plain)
 
@@ -169,7 +169,7 @@ class _Table:
             row.lacks.append(f"all rivals: what the row costs cannot be counted: {error}")
             return None
         corrected = Corrected(self.planner, plan, plain, cost, target)
-        return corrected if target > (1 + TOLERANCE) * corrected.macs(plain) else None
+        return corrected if target > corrected.macs(plain) else None
 
     def _add_stacking(self, owner: _Row, row: _Row) -> None:
         stacked = None if row.plan.callbacks else _stacked(row.plan)
@@ -204,7 +204,7 @@ class _Table:
             self._check_fit(found.plan)
             (owner or row).added.append(found)
         if found is not None and found is not row:
-            found.judges.setdefault(row.name, relation)
+            found.judge_of.setdefault(row.name, relation)
 
     def _check_fit(self, plan: Plan) -> None:
         """Once for each list of methods: the network they give does not depend on the steps."""
@@ -271,10 +271,11 @@ class _Rival:
 
 
 def _equal_cost(row: Corrected) -> list[_Rival]:
+    if row.target <= (1 + TOLERANCE) * row.macs(row.base):
+        return []  # the base itself is of equal cost
     rivals = [_Rival("more steps", "equal-cost", lambda: more_steps(row))]
-    fresher = smaller_interval(row)
-    if fresher is not None:
-        rivals.append(_fixed("smaller interval", "equal-cost", fresher))
+    if any(interval(method) is not None for method in row.base.methods):
+        rivals.append(_Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
     options: Any = row.iec[1].options if row.iec else None
     if options and len(options.weights) == 1:
         rivals.append(_Rival("Heun", "equal-cost", lambda: _heun(row)))
@@ -335,11 +336,10 @@ def _macs_of_steps(row: Corrected, experiment: Experiment) -> float:
     return row.macs(replace(row.base, sampler=sampler))
 
 
-def smaller_interval(row: Corrected) -> Experiment | None:
+def smaller_interval(row: Corrected) -> Experiment:
     """The base with the largest smaller interval of its cache that costs as much as the row.
 
-    That is at least 98 % and at most 110 %; None if there is none, or no method that caches at
-    intervals.
+    That is at least 98 % and at most 110 %. Raises Incompatible if there is none.
     """
     intervals = {i: interval(method) for i, method in enumerate(row.base.methods)}
     place, now = next(((i, n) for i, n in intervals.items() if n is not None), (0, 0))
@@ -353,14 +353,22 @@ def smaller_interval(row: Corrected) -> Experiment | None:
             continue
         if row.near(macs):
             return experiment
-    return None
+    raise Incompatible(f"no interval below {now} costs as much")
 
 
 def _heun(row: Corrected) -> Experiment:
+    """Heun's steps where the row corrects; the last step of all has no second evaluation.
+
+    Raises Incompatible if that leaves more than this one evaluation unspent.
+    """
     place, _ = row.iec or (0, None)
     given = row.plan.experiment.callbacks[place]
     kept: Part = {key: given[key] for key in ("where", "allow_clipping") if key in given}
-    return row.with_iec("Heun", {"name": "iec", "preset": "heun", **kept})
+    experiment = row.with_iec("Heun", {"name": "iec", "preset": "heun", **kept})
+    macs = row.macs(row.planner.plan(experiment))
+    if macs <= row.macs(row.base) or macs < (1 - TOLERANCE) * row.target - row.cost.macs(1, 0):
+        raise Incompatible("it evaluates too little: the last step has no second evaluation")
+    return experiment
 
 
 def _zero_cost(row: Corrected) -> list[_Rival]:
@@ -418,7 +426,7 @@ def _without_callbacks(row: Experiment) -> Experiment:
 
 def _control(row: Experiment, name: str, **changes: Any) -> Experiment:
     return row.model_copy(
-        update={"name": name, "control": True, "judges": {}, "lacks": [], **changes}
+        update={"name": name, "control": True, "judge_of": {}, "lacks": [], **changes}
     )
 
 

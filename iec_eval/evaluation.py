@@ -283,7 +283,7 @@ def _empty_row(job: Job) -> Variant:
         name=row.name,
         fingerprint=job.plan.fingerprint,
         control=row.control,
-        judges=row.judges,
+        judge_of=row.judge_of,
         lacks=row.lacks,
         simulated=job.plan.simulated,
         efficiency=row.efficiency,

@@ -175,7 +175,7 @@ def _row(
         "name": job.plan.experiment.name,
         "fingerprint": job.plan.fingerprint if job.plan.identity else None,
         "control": job.plan.experiment.control,
-        "judges": job.plan.experiment.judges,
+        "judge_of": job.plan.experiment.judge_of,
         "lacks": job.plan.experiment.lacks,
         "parts": [part.name for part in job.plan.parts()],
         "artifacts": _artifacts(job, run),
@@ -204,7 +204,7 @@ def _row_as_text(row: dict[str, Any]) -> str:
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
         f"images{_seeds(row['seeds'])} missing, {quantity(row['disk_bytes'], 'B')} on disk, "
-        f"{_hours(row['hours'])}{calibration}{_judges_as_text(row['judges'])}{lacks}"
+        f"{_hours(row['hours'])}{calibration}{_judge_of_as_text(row['judge_of'])}{lacks}"
     )
 
 
@@ -212,10 +212,10 @@ def _seeds(seeds: Sequence[int] | None) -> str:
     return f" of {len(seeds)} seeds" if seeds else ""
 
 
-def _judges_as_text(judges: Mapping[str, Relation]) -> str:
+def _judge_of_as_text(judge_of: Mapping[str, Relation]) -> str:
     """A line for each relation that a row has to others, with their names."""
     named: dict[str, list[str]] = {}
-    for name, relation in judges.items():
+    for name, relation in judge_of.items():
         named.setdefault(RELATIONS[relation], []).append(name)
     return "".join(f"\n    {words} {', '.join(names)}" for words, names in named.items())
 

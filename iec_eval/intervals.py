@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 GROUPS = 20
+FEWEST = 2 * GROUPS  # images, below which a standard error says nothing
 LEVEL = 0.95
 Interval = tuple[float, float]
 
@@ -77,9 +78,14 @@ class Estimate:
         return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
 
     def standard_error(self) -> float | None:
-        """The standard deviation of the number over draws of N images; None if nothing tells."""
-        if self.influence is not None and len(self.influence) > 1:
-            return float(self.influence.std()) / math.sqrt(len(self.influence))
+        """The standard deviation of the number over draws of N images; None if nothing tells.
+
+        Fewer than :data:`FEWEST` images, of each seed, tell nothing.
+        """
+        if self.influence is not None:
+            count = len(self.influence)
+            enough = count >= FEWEST * max(len(self.by_seed), 1)
+            return float(self.influence.std()) / math.sqrt(count) if enough else None
         if self.without is not None:
             *seeds, groups = self.without.shape
             # a mean of independent numbers: variances add up, over the square of their count

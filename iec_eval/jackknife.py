@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iec_eval import processes
-from iec_eval.intervals import GROUPS, Estimate, groups_of, is_spread
+from iec_eval.intervals import FEWEST, GROUPS, Estimate, groups_of, is_spread
 from iec_eval.metrics.base import Metric
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -33,7 +33,7 @@ def with_groups(
         if one.influence is None and one.without is None and not is_spread(name)
     ]
     listed = [index for _, indices in again for index in indices.tolist()] if lacking else []
-    if len(listed) < 2 * GROUPS:
+    if len(listed) < FEWEST:
         return dict(estimates)
     group_of = dict(zip(listed, groups_of(listed).tolist(), strict=True))
     try:

@@ -101,10 +101,10 @@ class Variant(_Part):
     """One row: its parts (as the study names them), its numbers and how it ended.
 
     ``error`` says why a row is not done; of a done one, why it lacks a metric that others have.
-    ``doubt`` says why what the paper reports of the row is in doubt. ``judges`` names the rows that
-    are compared with this one, and what it is to each; ``lacks`` says which rivals it should have
-    had itself and why it has not; ``comparisons`` are this row's with its own judges. Files from
-    before these were there are read as having none.
+    ``doubt`` says why what the paper reports of the row is in doubt. ``judge_of`` names the rows
+    that are compared with this one, and what it is to each; ``lacks`` says which rivals it should
+    have had itself and why it has not; ``comparisons`` are this row's with its own judges. Files
+    from before these were there are read as having none.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Variant(_Part):
     doubt: str | None = None
     status: Status = "done"
     error: str | None = None
-    judges: dict[str, Relation] = Field(default_factory=dict)
+    judge_of: dict[str, Relation] = Field(default_factory=dict)
     lacks: list[str] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
 
@@ -236,26 +236,29 @@ def with_deltas(results: Results, bases: Mapping[str, str | None] | None = None)
 
 
 def inferred_bases(results: Results) -> dict[str, str]:
-    """The base of each row: the row that says so in its ``judges``, or, for a row with callbacks,
+    """The base of each row: the row that says so in its ``judge_of``, or, for a row with callbacks,
     the one row with the same efficiency and no callbacks.
 
-    Rows that are something else to it are no base, and added controls count only where the study
-    has no such row itself. Where several remain, guessing would mislead: no base.
+    The second only in files from before rows said so. Rows that are something else to it are no
+    base, and added controls count only where the study has no such row itself. Where several
+    remain, guessing would mislead: no base.
     """
     names = {row.name for row in results.variants}
     named = {
         judged: row.name
         for row in results.variants
-        for judged, relation in row.judges.items()
+        for judged, relation in row.judge_of.items()
         if relation == "base" and judged in names
     }
+    if results.controls is not None:
+        return named
     found = {}
     for row in results.variants:
         plain = [
             other
             for other in results.variants
             if row.callbacks and not other.callbacks and other.efficiency == row.efficiency
-            if row.name not in other.judges
+            if row.name not in other.judge_of
         ]
         candidates = [other for other in plain if not other.control] or plain
         if len(candidates) == 1:

@@ -200,13 +200,13 @@ class Study(BaseOptions):
 class Experiment(BaseOptions):
     """One row with everything that decides its images.
 
-    ``judges`` names the rows that are to be compared with this one, and what it is to each;
+    ``judge_of`` names the rows that are to be compared with this one, and what it is to each;
     ``lacks`` says which rivals the row itself should have and cannot, and why.
     """
 
     name: str
     control: bool
-    judges: dict[str, Relation] = Field(default_factory=dict)
+    judge_of: dict[str, Relation] = Field(default_factory=dict)
     lacks: list[str] = Field(default_factory=list)
     model: Part
     sampler: Part
@@ -255,7 +255,7 @@ class Row(Protocol):
     def control(self) -> bool: ...
 
     @property
-    def judges(self) -> Mapping[str, Relation]: ...
+    def judge_of(self) -> Mapping[str, Relation]: ...
 
     @property
     def efficiency(self) -> Sequence[Any]: ...
@@ -281,7 +281,7 @@ def _own(rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
     """Rows without the controls that come after a row they judge: those may have more steps."""
     earlier = set[str]()
     for row in rows:
-        if not (row.control and earlier.intersection(row.judges)):
+        if not (row.control and earlier.intersection(row.judge_of)):
             yield row
         earlier.add(row.name)
 

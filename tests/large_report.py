@@ -100,7 +100,7 @@ def family(name: str, plain: float, corrected: float, full: int, share: float) -
     return [
         Variant(
             name=name, metrics=measured(plain), cost=cost(full, cached, share, weights),
-            paper={"fid": round(14 * plain, 2)}, judges={f"{name} + IEC": "base"}, **shared,
+            paper={"fid": round(14 * plain, 2)}, judge_of={f"{name} + IEC": "base"}, **shared,
         ),
         Variant(
             name=f"{name} + IEC", callbacks=IEC, metrics=measured(corrected, name, plain),
@@ -111,7 +111,7 @@ def family(name: str, plain: float, corrected: float, full: int, share: float) -
         *(
             Variant(
                 name=rival, control=True, callbacks=parts, metrics=measured(value), cost=twice,
-                judges={f"{name} + IEC": "equal-cost"}, **shared,
+                judge_of={f"{name} + IEC": "equal-cost"}, **shared,
             )
             for (rival, value), parts in zip(rivals.items(), callbacks, strict=True)
         ),
@@ -144,7 +144,7 @@ def large_study() -> Results:
         name="DeepCache N=5 + epsilon scaling", fingerprint="f4", control=True,
         efficiency=[{"name": "DeepCache N=5"}], callbacks=SCALING, metrics=measured(0.296),
         cost=cost(4, 16, 0.45), comparisons=[held("DeepCache N=5", "base", -0.014)],
-        judges={"DeepCache N=5 + IEC": "zero-cost"},
+        judge_of={"DeepCache N=5 + IEC": "zero-cost"},
     )  # fmt: skip
     families = [row for name, numbers in METHODS.items() for row in family(name, *numbers)]
     variants = [plain, *families, scaled, alone, failed, partial]

@@ -13,9 +13,10 @@ import yaml
 from click.testing import Result
 
 from iec_eval.analysis import growth, residuals
-from iec_eval.analysis.bench import Bench
+from iec_eval.analysis.bench import Bench, full_precision_twin
 from iec_eval.analysis.pieces import Pieces
 from iec_eval.assembly import plan_study
+from iec_eval.cost import expected_evaluations
 from iec_eval.plugins import load_registry
 from iec_eval.study import load
 
@@ -114,6 +115,24 @@ def test_growth(analyzed: tuple[Path, Result]) -> None:
     plain = content(analysis, "cached", "growth")["series"][0]
     assert found["series"][0]["distance"] == plain["distance"]
     assert max(plain["distance"][-1]) > 0
+
+
+@pytest.mark.parametrize("where", ["full", {"ends": "1/4"}, "all", [0, 2]])
+def test_the_twin_is_corrected_where_the_row_is(
+    where: Any, write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The network of the twin is full at every step, that of the row at some."""
+    rows = [
+        {"name": "cached", "efficiency": [{"name": "deepcache", "interval": 3, "cut": 2}]},
+        {**IEC_ROW, "callbacks": [{"name": "iec", "where": where}]},
+    ]
+    study = load(str(write_study(tmp_path, variants=rows)))
+    _, plan = plan_study(study, load_registry())
+    twin = full_precision_twin(plan, load_registry(), corrects=True)
+    counts = [expected_evaluations(one) for one in (plan, twin)]
+    steps = [c.full + c.cached - len(plan.sampler.timesteps) for c in counts]
+    assert steps[0] == steps[1] > 0
+    assert (counts[1].cached, twin.experiment.efficiency) == (0, [])
 
 
 def test_residuals(analyzed: tuple[Path, Result]) -> None:

@@ -52,8 +52,8 @@ def test_a_row_is_compared_with_its_base_and_its_judges_in_every_metric() -> Non
     rows = [
         row("plain", efficiency=CACHE),
         row("IEC", efficiency=CACHE, callbacks=IEC),
-        row("steps", efficiency=CACHE, control=True, judges={"IEC": "equal-cost"}),
-        row("full", control=True, judges={"IEC": "full-precision", "gone": "half"}),
+        row("steps", efficiency=CACHE, control=True, judge_of={"IEC": "equal-cost"}),
+        row("full", control=True, judge_of={"IEC": "full-precision", "gone": "half"}),
     ]
     numbers = {"plain": 9.0, "IEC": 8.0, "steps": 7.0, "full": 5.0}
     found = compared(
@@ -116,8 +116,8 @@ def test_a_metric_that_only_one_row_has_is_left_out() -> None:
 
 def test_intervals_against_several_equal_cost_rivals_hold_together() -> None:
     def half(rivals: int, relation: str) -> float:
-        judges = [row(f"r{n}", control=True, judges={"IEC": relation}) for n in range(rivals)]
-        unfinished = row("gone", judges={"IEC": relation}, status="failed", error="why")
+        judges = [row(f"r{n}", control=True, judge_of={"IEC": relation}) for n in range(rivals)]
+        unfinished = row("gone", judge_of={"IEC": relation}, status="failed", error="why")
         numbers = {one.name: {"fid": estimate(1.0, 2.0)} for one in [*judges, unfinished]}
         rows = [row("IEC", callbacks=IEC), *judges, unfinished]
         low, high = compared(rows, {"IEC": {"fid": estimate(1.0)}, **numbers})["IEC"][0].ci95 or (

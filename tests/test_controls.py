@@ -39,29 +39,11 @@ METHODS: dict[str, list[Part]] = {
     "cachequant": [CACHEQUANT],
 }
 
-# Stand-ins for what is not built in, and parts as others may write them.
+# Parts as others may write them.
 PARTS = """
 from iec_eval.api import (
     BaseOptions, CompositeMethod, DenoisingCallback, EfficiencyMethod, Sampler, State, hookimpl
 )
-from iec_eval.callbacks import hooks as builtin
-
-class Of(BaseOptions):
-    of: dict = {}
-
-class Passive(DenoisingCallback):
-    def refine(self, step, prediction):
-        return prediction
-
-class EpsilonScaling(Passive):
-    name = "epsilon-scaling"
-
-class TimeShift(Passive):
-    name = "time-shift"
-
-class ScaleMatched(Passive):
-    name = "scale-matched"
-    Options = Of
 
 class Twice(DenoisingCallback):
     name = "twice"
@@ -109,9 +91,7 @@ class Fixed(Sampler):
 
 @hookimpl
 def iec_eval_callbacks():
-    known = {cls.name for cls in builtin.iec_eval_callbacks()}
-    made = [EpsilonScaling, TimeShift, ScaleMatched, Twice, Uncountable]
-    return [cls for cls in made if cls.name not in known]
+    return [Twice, Uncountable]
 
 @hookimpl
 def iec_eval_efficiency_methods():
@@ -151,13 +131,15 @@ def pair(name: str, callbacks: list[Part] | None = None, **more: Any) -> list[Pa
 
 def judges(plans: Mapping[str, Plan]) -> dict[str, dict[str, str]]:
     return {
-        name: dict(plan.experiment.judges) for name, plan in plans.items() if plan.experiment.judges
+        name: dict(plan.experiment.judge_of)
+        for name, plan in plans.items()
+        if plan.experiment.judge_of
     }
 
 
 def rivals(plans: Mapping[str, Plan], row: str, relation: str = "equal-cost") -> list[str]:
     """What is said of the rows that have this relation to the row."""
-    return [name for name, plan in plans.items() if plan.experiment.judges.get(row) == relation]
+    return [name for name, plan in plans.items() if plan.experiment.judge_of.get(row) == relation]
 
 
 def macs(plan: Plan) -> float:
@@ -218,7 +200,8 @@ def test_the_next_number_of_steps_is_near_enough(plans: Plans) -> None:
     found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 5})
     rival = found["row: 11 steps"]  # 3 full and 8 cached, against 3 full and 4 cached
     assert macs(rival) > 1.1 * macs(found["row"])
-    assert found["row"].experiment.lacks == []
+    wanted = "smaller interval: no interval below 5 costs as much"
+    assert found["row"].experiment.lacks == [wanted]
 
 
 def test_evaluations_are_counted_once_whatever_the_steps_and_the_interval(
@@ -336,6 +319,36 @@ def test_heun_is_the_rival_of_one_correction_only(plans: Plans) -> None:
     assert rivals(heun, "plain + IEC") == ["plain + IEC: 39 steps"]  # the last step has none
 
 
+def test_heun_may_lack_the_one_evaluation_that_the_last_step_has_not(plans: Plans) -> None:
+    found = plans(pair("plain"), controls=["equal-cost"])
+    one = evaluation_cost(found["plain"]).full.macs
+    assert macs(found["plain + IEC"]) - macs(found["plain + IEC: Heun"]) == one
+    last = plans(pair("plain", [{**IEC, "where": [STEPS - 1]}]), controls=["equal-cost"])
+    assert not any("Heun" in name for name in last)
+    lacks = last["plain + IEC"].experiment.lacks
+    assert [text.partition(":")[0] for text in lacks] == ["Heun"]
+
+
+def test_a_cheap_correction_has_its_base_for_an_equal_and_free_rivals(plans: Plans) -> None:
+    """One evaluation in 100 more: within the tolerance, but not free."""
+    cheap = [{**IEC, "where": "first"}]
+    found = plans(pair("plain", cheap), sampler={"name": "ddim", "steps": 100}, controls=None)
+    assert rivals(found, "plain + IEC") == []
+    assert rivals(found, "plain + IEC", "base") == ["plain"]
+    assert len(rivals(found, "plain + IEC", "zero-cost")) == 4
+    assert found["plain + IEC"].experiment.lacks == []
+
+
+def test_a_row_of_another_sampler_is_no_base(plans: Plans) -> None:
+    rows = [
+        {"name": "short", "sampler": {"steps": 3}},
+        {"name": "long + IEC", "callbacks": [IEC]},
+    ]
+    for controls in ([], ["full-precision"], ["equal-cost"]):
+        found = plans(rows, controls=controls)
+        assert "short" not in rivals(found, "long + IEC", "base")
+
+
 def test_zero_cost_rivals_are_the_base_with_one_callback(plans: Plans) -> None:
     given = {**IEC, "weights": [0.25]}
     found = plans(pair("quantized", [given]), controls=["zero-cost"])
@@ -380,7 +393,7 @@ def test_the_parts_of_a_composite_are_stacked(plans: Plans) -> None:
         {**QUANTIZER, "weight_bits": 4},
     ]
     assert added["cachequant: naive stacking"].efficiency == [CACHE, QUANTIZER]
-    assert added["cachequant: naive stacking"].judges == {"cachequant": "stacking"}
+    assert added["cachequant: naive stacking"].judge_of == {"cachequant": "stacking"}
 
 
 # --- sharing ------------------------------------------------------------------------------------
@@ -397,9 +410,9 @@ def test_rows_that_are_there_judge_and_are_not_made_twice(plans: Plans) -> None:
     steps = found_steps(first, "cached + IEC")
     known[0]["sampler"]["steps"] = steps
     found = plans([*rows, *known])
-    assert found["more"].experiment.judges["cached + IEC"] == "equal-cost"
-    assert found["stacked"].experiment.judges == {"cachequant": "stacking"}
-    assert found["half"].experiment.judges["cached + IEC"] == "half"
+    assert found["more"].experiment.judge_of["cached + IEC"] == "equal-cost"
+    assert found["stacked"].experiment.judge_of == {"cachequant": "stacking"}
+    assert found["half"].experiment.judge_of["cached + IEC"] == "half"
     merged = {f"cached + IEC: {steps} steps", "cached + IEC: correction only"}
     assert merged | {"cachequant: naive stacking"} <= first.keys()
     assert not (merged | {"cachequant: naive stacking"}) & found.keys()
@@ -416,7 +429,7 @@ def test_rows_that_need_the_same_rival_share_it(plans: Plans) -> None:
     other = {"name": "softer", "extends": "cached", "callbacks": [{**IEC, "weights": [0.25]}]}
     found = plans([*pair("cached"), other], controls=["equal-cost"])
     steps = f"cached + IEC: {found_steps(found, 'cached + IEC')} steps"
-    assert found[steps].experiment.judges == {
+    assert found[steps].experiment.judge_of == {
         "cached + IEC": "equal-cost",
         "softer": "equal-cost",
     }
@@ -441,7 +454,7 @@ def test_a_base_is_added_where_a_rival_needs_it(plans: Plans) -> None:
     for controls in (["equal-cost"], ["zero-cost"], ["halves"]):
         found = plans([row], controls=controls)
         base = found["row: uncorrected"].experiment
-        assert base.judges == {"row": "base"}
+        assert base.judge_of == {"row": "base"}
         assert (base.efficiency, base.callbacks, base.control) == ([CACHE], [], True)
     assert [*plans([row], controls=["full-precision"])] == ["full precision", "row"]
     both = plans([{**row, "efficiency": [CACHEQUANT]}], controls=["equal-cost", "naive-stacking"])
@@ -449,7 +462,7 @@ def test_a_base_is_added_where_a_rival_needs_it(plans: Plans) -> None:
         "row: uncorrected: naive stacking"  # not of each rival
     ]
     stacked = both["row: uncorrected: naive stacking"].experiment
-    assert stacked.judges == {"row: uncorrected": "stacking"}
+    assert stacked.judge_of == {"row: uncorrected": "stacking"}
 
 
 def test_names_differ_from_those_of_the_study(plans: Plans) -> None:
@@ -473,7 +486,7 @@ def added(plans: Mapping[str, Plan]) -> list[str]:
 def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
     rows = pair("cached")
     assert added(plans(rows, controls=[])) == []
-    assert judges(plans(rows, controls=[])) == {}
+    assert judges(plans(rows, controls=[])) == {"cached": {"cached + IEC": "base"}}
     some = plans(rows, controls=["full-precision"])
     assert added(some) == ["full precision"]
     assert judges(some) == {
@@ -529,8 +542,8 @@ def test_a_rival_is_what_a_study_that_names_it_makes(
     assert results.controls == controls
     found = {row.name: row for row in results.variants if row.control}
     shown = {row["name"]: row for row in json.loads(cli("show", study, "--json").stdout)["rows"]}
-    assert {name: row.judges for name, row in found.items()} == {
-        name: shown[name]["judges"] for name in found
+    assert {name: row.judge_of for name, row in found.items()} == {
+        name: shown[name]["judge_of"] for name in found
     }
     by_hand = [
         {
@@ -566,5 +579,5 @@ def test_show_says_what_an_added_row_is_for(
     lacking = [line for line in lines if line.startswith("    lacks more steps: no number")]
     assert len(lacking) == 1
     rows = {row["name"]: row for row in json.loads(cli("show", study, "--json").stdout)["rows"]}
-    assert rows["plain + IEC: Heun"]["judges"] == {"plain + IEC": "equal-cost"}
+    assert rows["plain + IEC: Heun"]["judge_of"] == {"plain + IEC": "equal-cost"}
     assert rows["plain + IEC"]["lacks"]

@@ -43,7 +43,7 @@ VARIANT_KEYS = {
     "doubt",
     "status",
     "error",
-    "judges",
+    "judge_of",
     "lacks",
     "comparisons",
 }
@@ -151,20 +151,6 @@ def test_differences_are_to_the_same_row_without_callbacks(launched: Run) -> Non
     assert all(measured["delta"] is None for measured in cached.values())
 
 
-def test_numbers_and_differences_have_intervals(launched: Run) -> None:
-    for row in launched.results["variants"]:
-        for name, measured in row["metrics"].items():
-            bounds = [(measured["value"], measured["ci95"])]
-            if measured["delta"]:
-                bounds.append((measured["delta"]["value"], measured["delta"]["ci95"]))
-            for value, ci95 in bounds:
-                if name == "is-std-toy":
-                    assert ci95 is None
-                else:
-                    assert ci95[0] < value < ci95[1]
-                    assert sum(ci95) / 2 == pytest.approx(value, abs=1e-9)
-
-
 def test_a_corrected_row_is_compared_with_its_base(launched: Run) -> None:
     rows = {row["name"]: row for row in launched.results["variants"]}
     found = {one["metric"]: one for one in rows["cached + IEC"]["comparisons"]}
@@ -173,7 +159,7 @@ def test_a_corrected_row_is_compared_with_its_base(launched: Run) -> None:
         delta = rows["cached + IEC"]["metrics"][metric]["delta"]
         assert (one["versus"], one["relation"]) == ("cached", "base")
         assert (one["value"], one["ci95"]) == (delta["value"], delta["ci95"])
-        assert (one["judgement"] is None) == (metric == "is-std-toy")
+        assert (one["ci95"], one["judgement"]) == (None, None)  # of so few images
     assert {one["versus"] for one in rows["cached"]["comparisons"]} == {"full precision"}
     assert rows["full precision"]["comparisons"] == rows["plain"]["comparisons"] == []
 

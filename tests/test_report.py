@@ -82,7 +82,15 @@ def toy(*rows: Variant, **more: Any) -> Results:
 def small() -> Results:
     return toy(
         row("Full", 9.873, 2.46e8, control=True),
-        row("Cached", 11.92, 1.524e8, efficiency=CACHE, full=7, cached=13),
+        row(
+            "Cached",
+            11.92,
+            1.524e8,
+            efficiency=CACHE,
+            full=7,
+            cached=13,
+            judge_of={"Cached + IEC": "base"},
+        ),
         row("Cached + IEC", 10.77, 2.385e8, efficiency=CACHE, callbacks=IEC, full=14, cached=13),
         controls=["full-precision"],
     )
@@ -168,7 +176,7 @@ def test_latex_whole() -> None:
 
 def test_csv_whole_and_json_alike() -> None:
     results = toy(
-        row("A", 2.0, 200.0, control=True, ci95=(1.5, 2.5)),
+        row("A", 2.0, 200.0, control=True, ci95=(1.5, 2.5), judge_of={"B": "base"}),
         row("B", 1.5, 400.0, callbacks=IEC, full=40, comparisons=[against("A", "base", -0.5)]),
         controls=["full-precision"],
     )
@@ -372,9 +380,9 @@ def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
 def test_rivals_and_halves_get_no_verdict_and_stacked_rows_do() -> None:
     base = ("P", "base", -1.5, (-2.0, -1.0), "better")
     for relation in ("equal-cost", "zero-cost", "half"):
-        judge = corrected(base, judges={"X": relation})
+        judge = corrected(base, judge_of={"X": relation})
         assert verdicts(toy(*plain(), judge)) == []
-    assert len(verdicts(toy(*plain(), corrected(base, judges={"X": "full-precision"})))) == 1
+    assert len(verdicts(toy(*plain(), corrected(base, judge_of={"X": "full-precision"})))) == 1
     stacked = corrected(("P", "stacking", -1.5, (-2.0, -1.0), "better"), callbacks=[])
     (found,) = verdicts(toy(*plain(), stacked))
     assert found.endswith(
@@ -820,7 +828,7 @@ def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
     ended = {"status": status, "error": "power cut"}
     comparison = [against("base", "base", -1.0)]
     one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=comparison)
-    base = row("base", 3.0, 1e8, judges={"C": "base"})
+    base = row("base", 3.0, 1e8, judge_of={"C": "base"})
     assert verdict_of(one, "base", base).word == "better"
     broken = verdict_of(one.model_copy(update=ended), "base", base)
     assert (broken.comparison, broken.word) == (None, status)
@@ -832,9 +840,9 @@ def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
 
 
 def test_the_column_says_why_there_is_no_rival() -> None:
-    """``judges`` stands in the rival: it names the rows that are compared with it."""
+    """``judge_of`` stands in the rival: it names the rows that are compared with it."""
     one = row("C", 2.0, 2e8, callbacks=IEC)
-    rival = row("R", 1.0, 2e8, judges={"C": "equal-cost"})
+    rival = row("R", 1.0, 2e8, judge_of={"C": "equal-cost"})
 
     def word(tried: Variant, *others: Variant, controls: list[str] | None) -> str:
         return judged(tried, "equal-cost", toy(tried, *others, controls=controls)).word
@@ -852,9 +860,9 @@ def test_a_row_that_others_are_held_against_is_not_on_trial(against: Against) ->
     one = row("C", 2.0, 2e8, callbacks=IEC)
     for other in (
         row("plain", 1.0, 1e8),
-        row("base", 1.0, 1e8, judges={"C": "base"}),
-        row("steps", 1.0, 2e8, judges={"C": "equal-cost"}),
-        row("Heun", 1.0, 2e8, callbacks=IEC, control=True, judges={"C": "equal-cost"}),
+        row("base", 1.0, 1e8, judge_of={"C": "base"}),
+        row("steps", 1.0, 2e8, judge_of={"C": "equal-cost"}),
+        row("Heun", 1.0, 2e8, callbacks=IEC, control=True, judge_of={"C": "equal-cost"}),
     ):
         assert verdict_of(other, against, one).word == ""
     assert verdict_of(one.model_copy(update={"control": True}), against).word == "not judged"

@@ -75,7 +75,7 @@ LITERAL: dict[str, Any] = {
             "doubt": "the paper has two values",
             "status": "done",
             "error": None,
-            "judges": {},
+            "judge_of": {},
             "lacks": ["Heun: the sampler cannot be corrected"],
             "comparisons": [
                 {
@@ -111,7 +111,7 @@ LITERAL: dict[str, Any] = {
             "doubt": None,
             "status": "failed",
             "error": "out of memory",
-            "judges": {"cached + IEC": "equal-cost"},
+            "judge_of": {"cached + IEC": "equal-cost"},
             "lacks": [],
             "comparisons": [],
         },
@@ -138,7 +138,7 @@ def test_a_file_survives_reading_and_writing_with_every_key(tmp_path: Path) -> N
 
 
 def test_a_file_from_before_there_was_all_this_is_read(tmp_path: Path) -> None:
-    later = {"doubt", "judges", "lacks", "comparisons"}
+    later = {"doubt", "judge_of", "lacks", "comparisons"}
     rows = [{k: v for k, v in row.items() if k not in later} for row in LITERAL["variants"]]
     rows[0] = {**rows[0], "metrics": {"fid": {"value": 1.0, "ci95": None, "delta": None}}}
     later = {"controls", "seeds", "directions"}
@@ -237,13 +237,13 @@ def test_a_base_is_not_guessed_among_several_and_can_be_given() -> None:
 def test_a_row_may_say_whose_base_it_is_and_rivals_are_none() -> None:
     results = toy(
         row("20 steps", 12.0, control=True),
-        row("40 steps", 11.0, control=True, judges={"IEC": "equal-cost"}),
+        row("40 steps", 11.0, control=True, judge_of={"IEC": "equal-cost"}),
         row("IEC", 10.5, callbacks=IEC),
     )
     assert inferred_bases(results) == {"IEC": "20 steps"}
     named = toy(
         row("20 steps", 12.0),
-        row("40 steps", 11.0, judges={"IEC": "base", "gone": "base"}),
+        row("40 steps", 11.0, judge_of={"IEC": "base", "gone": "base"}),
         row("IEC", 10.5, callbacks=IEC),
     )
     assert inferred_bases(named) == {"IEC": "40 steps"}
@@ -325,3 +325,9 @@ def test_what_differs_is_named_at_the_highest_key_that_one_side_lacks() -> None:
         "a.c": ("there", "not there"),
         "f": ("2", "there"),
     }
+
+
+def test_bases_are_inferred_only_in_files_from_before_rows_said_so() -> None:
+    rows = [row("short", 1.0), row("long + IEC", 2.0, callbacks=IEC)]
+    assert inferred_bases(toy(*rows)) == {"long + IEC": "short"}
+    assert inferred_bases(toy(*rows).model_copy(update={"controls": []})) == {}

@@ -102,6 +102,18 @@ def test_seeds_are_independent_so_the_mean_is_surer_by_their_number(
                 assert found.delta.spread == pytest.approx(np.std(changes, ddof=1), rel=1e-9)
 
 
+def test_numbers_and_differences_have_intervals(alone: dict[int, Results]) -> None:
+    for row in alone[SEEDS[0]].variants:
+        for name, measured in row.metrics.items():
+            numbers = [measured, *([measured.delta] if measured.delta else [])]
+            for value, ci95 in [(one.value, one.ci95) for one in numbers]:
+                if name == "is-std-toy":
+                    assert ci95 is None
+                else:
+                    assert ci95[0] < value < ci95[1]
+                    assert sum(ci95) / 2 == pytest.approx(value, abs=1e-9)
+
+
 def test_a_row_is_judged_by_all_its_seeds(together: Results, alone: dict[int, Results]) -> None:
     row = row_of(together, "cached + IEC")
     assert {(one.versus, one.relation) for one in row.comparisons} == {("cached", "base")}
@@ -111,6 +123,7 @@ def test_a_row_is_judged_by_all_its_seeds(together: Results, alone: dict[int, Re
             for part in (row_of(alone[seed], row.name) for seed in SEEDS)
         ]
         assert one.value == pytest.approx(statistics.fmean(gaps), rel=1e-9, abs=1e-12)
+        assert (one.judgement is None) == (one.metric == "is-std-toy")
 
 
 def test_images_of_a_seed_made_before_are_kept(place: Path, together: Results) -> None:

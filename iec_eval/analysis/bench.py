@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iec_eval.assembly import Assembly, Plan, calibrate, plan_like
 from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.callbacks.iec import corrected_steps
 from iec_eval.denoising import Denoiser, Step, denoise
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
@@ -63,10 +64,23 @@ def corrected(plan: Plan, registry: Registry) -> Plan:
 
 
 def full_precision_twin(plan: Plan, registry: Registry, *, corrects: bool = False) -> Plan:
-    """The row's sampler with the plain network, and, if it ``corrects``, the row's corrector."""
-    positions = [i for i, _ in correctors(plan)]
-    own = [plan.experiment.callbacks[i] for i in positions] or [PAPER]
-    return plan_like(plan, registry, efficiency=[], callbacks=own if corrects else [])
+    """The row's sampler with the plain network, and, if it ``corrects``, the row's corrector.
+
+    IEC corrects the same steps in both, those that are full in the row.
+    """
+    parts = plan.experiment.callbacks
+    own = [_at_steps_of(plan, parts[i], callback.options) for i, callback in correctors(plan)]
+    callbacks = own or [_at_steps_of(plan, PAPER)]
+    return plan_like(plan, registry, efficiency=[], callbacks=callbacks if corrects else [])
+
+
+def _at_steps_of(plan: Plan, part: Part, options: Any = None) -> Part:
+    """IEC with the steps listed that it corrects in this row; the part as it is if all are full."""
+    full, total = plan.planned_full_steps(), len(plan.sampler.timesteps)
+    if part["name"] != PAPER["name"] or len(full) == total:
+        return part
+    where = "full" if options is None else options.where
+    return {**part, "where": sorted(corrected_steps(where, total, full))}
 
 
 class Bench:

@@ -78,7 +78,7 @@ def judged(
 
 def is_rival(row: Variant) -> bool:
     """Whether a row stands against others that are on trial, and so is not on trial itself."""
-    return any(relation in RIVALS for relation in row.judges.values())
+    return any(relation in RIVALS for relation in row.judge_of.values())
 
 
 def why_missing(row: Variant, against: Against, results: Results) -> str:
@@ -87,7 +87,7 @@ def why_missing(row: Variant, against: Against, results: Results) -> str:
         return row.status
     if not row.callbacks or is_rival(row):
         return ""
-    found = any(other.judges.get(row.name) == against for other in results.variants)
+    found = any(other.judge_of.get(row.name) == against for other in results.variants)
     if against == "base" or found or results.controls is None:
         return "not judged"  # the other row is not finished or not there, or nothing has intervals
     if against not in results.controls:
@@ -106,7 +106,8 @@ def sentence(name: str, found: Comparison, digits: int) -> str:
     verdict = f"{said} {found.versus}" if said else f"{found.judgement} from {found.versus}"
     if found.judgement is None:
         verdict = f"not judged against {found.versus}"
-    certainty = "" if found.ci95 is None else " (95 % interval)"
+    together = " that holds for all such rivals together" if found.relation == "equal-cost" else ""
+    certainty = "" if found.ci95 is None else f" (95 % interval{together})"
     return (
         f"{name} is {verdict} ({RELATIONS[found.relation]}): "
         f"{found.metric} {difference(found, digits)}{certainty}."
