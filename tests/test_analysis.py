@@ -459,6 +459,7 @@ def test_measuring_residuals_changes_no_image(tmp_path: Any) -> None:
 
     probe = ResidualProbe(range(6), notes, pieces, NoBench)  # type: ignore[arg-type]
     plain = run(cached, sampler, noise, [corrector], clock=clock)
+    corrector.on_correction = notes.take
     seen = run(cached, sampler, noise, [BeforeCorrection(notes), corrector, probe], clock=clock)
     assert torch.equal(plain, seen)
     found = [pieces.read(step_name(index)) for index in range(6)]

@@ -172,6 +172,27 @@ def test_the_recommendation_is_a_piece_of_a_study(
     assert len(plans[2].callbacks) == len(found["callbacks"])
 
 
+def test_what_other_callbacks_do_is_kept_and_is_no_correction(
+    write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """time-shift changes predictions, which is nothing the corrector's residual speaks of."""
+    shift = {"name": "time-shift", "cutoff": 0}
+    rows = [
+        {"name": "shifted", "callbacks": [shift]},
+        {"name": "both", "callbacks": [shift, {"name": "iec"}]},
+    ]
+    study = write_study(tmp_path, variants=rows)
+    bounds = ["--images", "2", "--what", "residuals", "--budget", "1"]
+    result = cli("analyze", study, "-o", tmp_path, *bounds)
+    assert result.exit_code == 0, result.output
+    analysis = tmp_path / "analysis"
+    found = {row: content(analysis, row, "residuals") for row in ("shifted", "both")}
+    assert (found["shifted"]["corrected_steps"], found["both"]["corrected_steps"]) == (0, 5)
+    advised = content(analysis, "both", "recommendation")["callbacks"]
+    assert advised[0] == shift
+    assert {part["name"] for part in advised[1:]} == {"iec"}
+
+
 def test_a_second_run_computes_nothing(
     analyzed: tuple[Path, Result], study: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

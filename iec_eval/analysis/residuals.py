@@ -10,7 +10,7 @@ images get better.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,17 @@ class Corrections:
     """What the row's own corrector told of the step, and the prediction before it."""
 
     prediction: Tensor | None = None
-    told: list[dict[str, Any]] | None = None
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, step: Step, correction: Any) -> None:
+        """What a corrector calls with each of its corrections."""
+        self.told.append(
+            {
+                "residual": correction.residual.tolist(),
+                "converged": correction.converged.tolist(),
+                "applied": correction.applied.tolist(),
+            }
+        )
 
 
 class BeforeCorrection(DenoisingCallback):
@@ -65,7 +75,10 @@ class ResidualProbe(DenoisingCallback):
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
         if step.index in self._wanted:
             assert self._notes.prediction is not None
-            found = residuals_at(step, self._notes.prediction, prediction)
+            plain = self._notes.prediction
+            # what other callbacks change is no correction towards the residual's fixed point
+            refined = prediction if self._notes.told else plain
+            found = residuals_at(step, plain, refined)
             self._pieces.write(step_name(step.index), {**found, "corrections": self._notes.told})
             self._progress.advance(1)
         return prediction
@@ -134,17 +147,8 @@ def run(
     plan = bench.assembly(subject.plan).plan
     watched = [callback for _, callback in correctors(plan)]
 
-    def note(step: Step, correction: Any) -> None:
-        told = {
-            "residual": correction.residual.tolist(),
-            "converged": correction.converged.tolist(),
-            "applied": correction.applied.tolist(),
-        }
-        assert notes.told is not None
-        notes.told.append(told)
-
     for callback in watched:
-        callback.on_correction = note
+        callback.on_correction = notes.take
     try:
         probe = ResidualProbe(wanted, notes, pieces, bench)
         bench.run(subject.plan, question.images, [probe], [BeforeCorrection(notes)])
