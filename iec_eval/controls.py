@@ -140,7 +140,7 @@ class _Table:
         self._judge(row, "base", base, only_existing=True)
         if not {"equal-cost", "zero-cost", "halves"} & set(wanted):
             return
-        corrected = self._corrected(row, base)
+        corrected = self._corrected(row, base.model_copy(update={"name": self._base_name(row)}))
         if corrected is None:
             return
         rivals = [
@@ -148,13 +148,19 @@ class _Table:
             *(_zero_cost(corrected) if "zero-cost" in wanted else []),
             *(_halves(corrected) if "halves" in wanted else []),
         ]
-        if rivals:
-            self._judge(row, "base", base)
+        plain = self._judge(row, "base", base) if rivals else None
         for rival in rivals:
             try:
-                self._judge(row, rival.relation, rival.make())
+                found = self._judge(row, rival.relation, rival.make())
+                if plain and found and found.plan.callbacks:
+                    plain.judge_of.setdefault(found.name, "base")
             except Exception as error:  # nobody has asked for this row: a part may refuse it
                 row.lacks.append(f"{rival.name}: {error}")
+
+    def _base_name(self, row: _Row) -> str:
+        """What rivals that are made of the base are called after: it, or the row if it is new."""
+        known = (other.name for other in self.rows() if other.judge_of.get(row.name) == "base")
+        return next(known, row.name)
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.
@@ -190,10 +196,10 @@ class _Table:
         owner: _Row | None = None,
         *,
         only_existing: bool = False,
-    ) -> None:
+    ) -> _Row | None:
         """Have the row with these settings judge ``row``; add it after ``owner`` if there is none.
 
-        Raises ConfigError if it cannot be had.
+        Gives that row. Raises ConfigError if it cannot be had.
         """
         plan = self.planner.plan(experiment)
         settings = _settings(plan)
@@ -205,6 +211,7 @@ class _Table:
             (owner or row).added.append(found)
         if found is not None and found is not row:
             found.judge_of.setdefault(row.name, relation)
+        return found
 
     def _check_fit(self, plan: Plan) -> None:
         """Once for each list of methods: the network they give does not depend on the steps."""
@@ -217,7 +224,8 @@ class _Table:
 class Corrected:
     """A row whose callbacks take extra evaluations, and the same without callbacks.
 
-    ``cost`` is that of an evaluation, ``target`` the row's expected multiply-accumulates an image.
+    ``base`` has the name that rivals made of it are called after. ``cost`` is that of an
+    evaluation, ``target`` the row's expected multiply-accumulates an image.
     """
 
     planner: Planner
@@ -251,7 +259,7 @@ class Corrected:
 
     def without(self, label: str, **changes: Any) -> Experiment:
         """A control made of the base, with some of its settings changed."""
-        return _control(self.base.experiment, f"{self.name}: {label}", **changes)
+        return _control(self.base.experiment, f"{self.base.experiment.name}: {label}", **changes)
 
     def with_iec(self, label: str, part: Part) -> Experiment:
         """A control made of the row, with another part in the place of IEC."""

@@ -165,13 +165,14 @@ def test_more_steps_and_a_smaller_interval_cost_the_same(name: str, plans: Plans
     assert macs(found[f"{name} + IEC"]) == target
     steps = min(range(STEPS, 100), key=lambda n: (abs(work_of(n) - target), -n))
     fresher = [n for n in range(1, interval) if 0.98 <= work_of(STEPS, n) / target <= 1.1]
-    wanted = [f"{steps} steps", *[f"interval {n}" for n in fresher[-1:]], "Heun"]
-    assert rivals(found, f"{name} + IEC") == [f"{name} + IEC: {label}" for label in wanted]
-    more = found[f"{name} + IEC: {steps} steps"]
+    labels = [f"{steps} steps", *[f"interval {n}" for n in fresher[-1:]]]
+    wanted = [*[f"{name}: {label}" for label in labels], f"{name} + IEC: Heun"]
+    assert rivals(found, f"{name} + IEC") == wanted
+    more = found[f"{name}: {steps} steps"]
     assert macs(more) == work_of(steps)
     assert (more.experiment.efficiency, more.experiment.callbacks) == (METHODS[name], [])
     if fresher:
-        less = found[f"{name} + IEC: interval {fresher[-1]}"]
+        less = found[f"{name}: interval {fresher[-1]}"]
         assert macs(less) == work_of(STEPS, fresher[-1])
         assert less.experiment.sampler == found[name].experiment.sampler
     assert fresher or interval == 1  # each cached row here has one
@@ -180,7 +181,7 @@ def test_more_steps_and_a_smaller_interval_cost_the_same(name: str, plans: Plans
 def test_of_several_numbers_of_steps_the_nearest_in_cost_is_taken(plans: Plans) -> None:
     """50 steps corrected cost 100; 98 cost the same within 2 %, and would be short of work."""
     found = plans(pair("plain"), controls=["equal-cost"], sampler={"name": "ddim", "steps": 50})
-    assert rivals(found, "plain + IEC")[0] == "plain + IEC: 100 steps"
+    assert rivals(found, "plain + IEC")[0] == "plain: 100 steps"
 
 
 SHALLOW: Part = {"name": "deepcache", "cut": 1}  # a cached evaluation is an eighth of a full one
@@ -224,7 +225,7 @@ def test_evaluations_are_counted_once_whatever_the_steps_and_the_interval(
 def test_a_correction_of_some_steps_has_rivals_of_its_own_cost(plans: Plans) -> None:
     some = [{**IEC, "where": {"ends": "1/10"}}]
     found = plans(pair("plain", some), controls=["equal-cost"])
-    assert rivals(found, "plain + IEC") == ["plain + IEC: 24 steps", "plain + IEC: Heun"]
+    assert rivals(found, "plain + IEC") == ["plain: 24 steps", "plain + IEC: Heun"]
     heun = found["plain + IEC: Heun"].experiment
     assert heun.callbacks == [{"name": "iec", "preset": "heun", "where": {"ends": "1/10"}}]
 
@@ -255,7 +256,7 @@ def test_a_method_without_an_interval_has_steps_only(plans: Plans) -> None:
 def test_steps_that_a_sampler_refuses_are_passed_over(plans: Plans) -> None:
     """The toy has 100 timesteps, of which the spacing ``ldm`` wants a divisor."""
     found = plans(pair("plain"), controls=["equal-cost"], sampler=ldm(10))
-    assert rivals(found, "plain + IEC")[0] == "plain + IEC: 20 steps"
+    assert rivals(found, "plain + IEC")[0] == "plain: 20 steps"
     found = plans(pair("plain"), controls=["equal-cost"], sampler=ldm(20))
     assert rivals(found, "plain + IEC") == ["plain + IEC: Heun"]
     (lacking,) = found["plain + IEC"].experiment.lacks
@@ -314,9 +315,9 @@ def test_stages_that_are_no_methods_of_their_own_are_not_stacked(plans: Plans) -
 
 def test_heun_is_the_rival_of_one_correction_only(plans: Plans) -> None:
     twice = plans(pair("plain", [{**IEC, "weights": [0.5, 0.5]}]), controls=["equal-cost"])
-    assert rivals(twice, "plain + IEC") == ["plain + IEC: 60 steps"]
+    assert rivals(twice, "plain + IEC") == ["plain: 60 steps"]
     heun = plans(pair("plain", [{**IEC, "preset": "heun"}]), controls=["equal-cost"])
-    assert rivals(heun, "plain + IEC") == ["plain + IEC: 39 steps"]  # the last step has none
+    assert rivals(heun, "plain + IEC") == ["plain: 39 steps"]  # the last step has none
 
 
 def test_heun_may_lack_the_one_evaluation_that_the_last_step_has_not(plans: Plans) -> None:
@@ -358,7 +359,7 @@ def test_zero_cost_rivals_are_the_base_with_one_callback(plans: Plans) -> None:
         "scale-matched": {"name": "scale-matched", "of": given},
         "self-consistent": {"name": "self-consistent"},
     }
-    names = [f"quantized + IEC: {label}" for label in labels]
+    names = [f"quantized: {label}" for label in labels]
     assert rivals(found, "quantized + IEC", "zero-cost") == names
     for name, part in zip(names, labels.values(), strict=True):
         row = found[name]
@@ -413,7 +414,7 @@ def test_rows_that_are_there_judge_and_are_not_made_twice(plans: Plans) -> None:
     assert found["more"].experiment.judge_of["cached + IEC"] == "equal-cost"
     assert found["stacked"].experiment.judge_of == {"cachequant": "stacking"}
     assert found["half"].experiment.judge_of["cached + IEC"] == "half"
-    merged = {f"cached + IEC: {steps} steps", "cached + IEC: correction only"}
+    merged = {f"cached: {steps} steps", "cached + IEC: correction only"}
     assert merged | {"cachequant: naive stacking"} <= first.keys()
     assert not (merged | {"cachequant: naive stacking"}) & found.keys()
     prints = [plan.fingerprint for plan in found.values()]
@@ -428,7 +429,7 @@ def found_steps(plans: Mapping[str, Plan], row: str) -> int:
 def test_rows_that_need_the_same_rival_share_it(plans: Plans) -> None:
     other = {"name": "softer", "extends": "cached", "callbacks": [{**IEC, "weights": [0.25]}]}
     found = plans([*pair("cached"), other], controls=["equal-cost"])
-    steps = f"cached + IEC: {found_steps(found, 'cached + IEC')} steps"
+    steps = f"cached: {found_steps(found, 'cached + IEC')} steps"
     assert found[steps].experiment.judge_of == {
         "cached + IEC": "equal-cost",
         "softer": "equal-cost",
@@ -442,7 +443,8 @@ def test_each_row_is_followed_by_what_was_added_for_it(plans: Plans) -> None:
     for name in found:
         if ": " not in name:
             own.append(owner := name)
-        assert name == owner or name.startswith(f"{owner}: ")
+        base = owner.removesuffix(" + IEC")
+        assert name == owner or name.startswith((f"{owner}: ", f"{base}: "))
     names = [
         f"{name}{more}" for name in ("cached", "plain", "quantized") for more in ("", " + IEC")
     ]
@@ -454,7 +456,10 @@ def test_a_base_is_added_where_a_rival_needs_it(plans: Plans) -> None:
     for controls in (["equal-cost"], ["zero-cost"], ["halves"]):
         found = plans([row], controls=controls)
         base = found["row: uncorrected"].experiment
-        assert base.judge_of == {"row": "base"}
+        assert base.judge_of["row"] == "base"
+        rivals_of_it = {n for n, p in found.items() if p.experiment.callbacks}  # its callbacks off
+        assert {*base.judge_of} == rivals_of_it
+        assert {*base.judge_of.values()} == {"base"}
         assert (base.efficiency, base.callbacks, base.control) == ([CACHE], [], True)
     assert [*plans([row], controls=["full-precision"])] == ["full precision", "row"]
     both = plans([{**row, "efficiency": [CACHEQUANT]}], controls=["equal-cost", "naive-stacking"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from iec_eval.report.wording import higher_is_better, quality_metric, with_interval
+from iec_eval.report.wording import higher_is_better, pairings, quality_metric, with_interval
 from iec_eval.results import Comparison, Results, Variant
 from iec_eval.study import Relation
 
@@ -125,9 +125,9 @@ def tally(results: Results, against: Against) -> Mapping[str, int]:
 
 
 def held_against(results: Sequence[Results], against: Against) -> str:
-    """Which row each judged row was held against, such as ``A against B; C against D``."""
-    return "; ".join(
-        f"{row.name} against {found.versus}"
+    """Which row each judged row was held against; see :func:`wording.pairings`."""
+    return pairings(
+        (row.name, found.versus)
         for document in results
         for row in document.variants
         if (found := judged(row, against, document).comparison) is not None

@@ -31,6 +31,7 @@ from iec_eval.report.wording import (
     interval_digits,
     is_fid,
     metric_names,
+    pairings,
     plus_minus,
     quality_metric,
     quantity,
@@ -188,9 +189,9 @@ def _verdict(row: Row, against: Against) -> str:
 
 
 def _held_notes(results: Sequence[Results]) -> list[str]:
-    """Which row each verdict is against: the cells have no room for it."""
-    pairs = {header: held_against(results, against) for against, header in AGAINST.items()}
-    return [f"{header}: {found}." for header, found in pairs.items() if found]
+    """Which rival each verdict is against: the cells have no room for it."""
+    found = held_against(results, "equal-cost")
+    return [f"{AGAINST['equal-cost']}: {found}."] if found else []
 
 
 def _cost_column(header: str, show: Callable[[Cost], str]) -> _Column:
@@ -280,14 +281,13 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
 
 
 def _bases(rows: Sequence[Row]) -> str:
-    pairs = {
-        row.variant.name: found.delta.versus
+    return pairings(
+        (row.variant.name, found.delta.versus)
         for row in rows
         if row.variant.status != "failed"
         for found in row.variant.metrics.values()
         if found.delta is not None
-    }
-    return "; ".join(f"{name} against {base}" for name, base in pairs.items())
+    )
 
 
 def ending(variant: Variant) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from iec_eval.intervals import Interval, is_spread
 from iec_eval.results import Judgement, Results
@@ -128,6 +128,19 @@ def significant(value: float) -> str:
 def times(value: float | None) -> str:
     """A share of the full-precision control, such as ``0.56x``."""
     return NOTHING if value is None else f"{value:.2f}x"
+
+
+def pairings(pairs: Iterable[tuple[str, str]]) -> str:
+    """Rows and what each is held against, such as ``A and B against C; D against E``."""
+    held: dict[str, dict[str, None]] = {}
+    for name, versus in pairs:
+        held.setdefault(versus, {})[name] = None
+    return "; ".join(f"{_listed(list(names))} against {versus}" for versus, names in held.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def reading_note(results: Iterable[Results]) -> str:
