@@ -70,8 +70,8 @@ class Share:
 class Queue:
     """Iterates over tasks that this process has claimed, until all of the run's are done.
 
-    ``stopped()`` ends it early. Rows that failed in this launch are passed over. ``tell(done)``
-    hears of every look at the files: the share of images and features that is there.
+    ``stopped()`` ends it early. Rows that failed in this launch are passed over. ``tell(left)``
+    hears at every look at the files how many images and features are to be made.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Queue:
     def __iter__(self) -> Iterator[Task]:
         while not self._stopped():
             pending = self.pending()
-            self._tell(sum(len(task.range) for task in pending))
+            self._tell(sum(map(self._units, pending)))
             taken = 0
             for task in _in_own_order(pending):
                 for claimed in self._claimed(task):
@@ -116,6 +116,11 @@ class Queue:
             for task in (*self._images(number, job), *self._features(number, job))
             if task.range.start // self._chunk_size % self._share.shard[1] == self._share.shard[0]
         ]
+
+    def _units(self, task: Task) -> int:
+        """Images and features that come of a task: who makes images looks at them too."""
+        looks = task.network is None and self._share.features
+        return len(task.range) * (1 + (len(task.job.networks) if looks else 0))
 
     def _images(self, number: int, job: Job) -> list[Task]:
         missing = job.missing(self._chunk_size) if self._share.images else []

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import resource
 import shutil
 import struct
@@ -945,3 +946,15 @@ def test_wrong_usage_is_told_by_click(cli: Cli, words: list[str], message: str) 
     assert (told.exit_code, told.stdout) == (2, "")
     assert told.stderr.startswith("Usage: ")
     assert message in told.stderr
+
+
+def test_progress_counts_images_and_features_up_to_their_number(
+    tmp_path: Path, write_study: Callable[..., Path], cli: Cli
+) -> None:
+    told = cli("launch", write_study(tmp_path), "-o", tmp_path / "out").stderr
+    found = re.findall(r"(\d+)/(\d+) images and features", told)
+    assert len(found) >= len(VARIANTS)
+    # ten images of three rows, and what the feature network sees in them
+    assert {total for _, total in found} == {"60"}
+    assert all(0 <= int(done) <= 60 for done, _ in found)
+    assert [int(done) for done, _ in found] == sorted(int(done) for done, _ in found)
