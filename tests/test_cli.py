@@ -299,9 +299,13 @@ def test_table_has_four_forms(cli: Cli, finished: Path) -> None:
     assert cli("table", finished / "results.json").stdout.splitlines() == markdown
 
 
-def test_table_takes_several_runs(cli: Cli, finished: Path) -> None:
-    records = json.loads(cli("table", finished, finished, "--json").stdout)
+def test_table_takes_several_runs(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "results.json", tmp_path)
+    records = json.loads(cli("table", finished, tmp_path, "--json").stdout)
     assert len(records) == 2 * len(VARIANTS)
+    twice = cli("table", finished, finished)
+    assert (twice.exit_code, twice.stdout) == (2, "")
+    assert "given twice" in twice.stderr
 
 
 def test_report_writes_its_files_again(
@@ -507,7 +511,8 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown key inside": (
         {"images": {"cuont": 3}},
-        "study STUDY: unknown key 'images.cuont'; did you mean 'count'? (known: count, seed)",
+        "study STUDY: unknown key 'images.cuont'; did you mean 'count'? "
+        "(known: count, seed, seeds)",
     ),
     "unknown key of a variant": (
         {"variants": [{"name": "a", "callback": []}]},

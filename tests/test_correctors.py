@@ -40,7 +40,7 @@ def bench_on(network: nn.Module, sampler: Sampler, clock: Clock, images: int = 4
 
 def calibration_noise(images: int = 4) -> Tensor:
     """The x_T that a bench of these tests starts from."""
-    return Noise(2, range(images), TinyModel().shape).initial()
+    return Noise(2, range(images), TinyModel().shape, calibration=True).initial()
 
 
 # --- epsilon scaling --------------------------------------------------------------------------

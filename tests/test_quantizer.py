@@ -194,7 +194,7 @@ def calibrated(model: TinyModel, clock: Clock | None = None, **options: Any) -> 
 
 def first_prediction(network: Any, model: TinyModel, clock: Clock, *, size: float = 1.0) -> Tensor:
     """Of the calibration images at the first step, where their inputs are the noise itself."""
-    noise = size * Noise(1, range(4), model.shape).initial()
+    noise = size * Noise(1, range(4), model.shape, calibration=True).initial()
     clock.step, clock.full = 0, True
     with torch.inference_mode():
         denoiser = Denoiser(network, model.condition(range(4)), clock)

@@ -506,7 +506,7 @@ def trajectories(bench: Bench, cut: int, images: int) -> tuple[list[Tensor], lis
     entered: list[Tensor] = []
     consumer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0][:, :channels]))
     spy = Spy(network, Clock(STEPS))
-    noise = Noise(bench.seed, range(images), bench.model.shape)
+    noise = Noise(bench.seed, range(images), bench.model.shape, calibration=True)
     condition = bench.model.condition(range(images))
     run(spy, bench.sampler, noise, clock=spy.clock, condition=condition)
     return spy.shown, [feature.clone() for feature in entered]
@@ -988,7 +988,8 @@ def test_scales_and_zero_points_of_activations_are_learned(
             (f"{name}.input.zero_point", zero_rate),
         ):
             change = (artifact[key] - before[key]).abs()
-            torch.testing.assert_close(change.max(), torch.tensor(rate), rtol=1e-3, atol=1e-9)
+            # less by what Adam adds to the size of a small gradient
+            torch.testing.assert_close(change.max(), torch.tensor(rate), rtol=1e-2, atol=1e-9)
 
 
 BEHIND = ["up_blocks.1.resnets.0", "up_blocks.1.resnets.1", "conv_out"]

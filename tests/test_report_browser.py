@@ -200,7 +200,8 @@ def test_the_verdict_columns_tell_each_kind_of_row(browser: Browser, report: Pat
     tip = browser.run("document.querySelector('#rows [data-number=\"3\"] td:nth-child(4)').title")
     assert tip == (
         "DeepCache N=5 + IEC is worse than DeepCache N=5, equal MACs (the same compute spent "
-        "otherwise): fid-fashion +0.138 [+0.108, +0.168] (95 % interval)."
+        "otherwise): fid-fashion +0.138 [+0.108, +0.168] (95 % interval that holds for all such "
+        "rivals together)."
     )
     assert "better" in browser.run("document.querySelector('.tally').innerText")
 

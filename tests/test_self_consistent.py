@@ -50,7 +50,7 @@ def move(x: Tensor, eps: Tensor, levels: Any) -> Tensor:
 def fitted_by_hand(network: nn.Module, sampler: Any, middles: list[int]) -> list[list[float]]:
     """Two substeps for each step, one earlier prediction, eight images of which two judge."""
     denoiser = Denoiser(network, TinyModel().calibration_condition(range(8)), Clock(4))
-    x = teacher = Noise(2, range(8), SHAPE).initial()
+    x = teacher = Noise(2, range(8), SHAPE, calibration=True).initial()
     earlier, table = None, []
     for index, (own, middle) in enumerate(zip(sampler.timesteps, middles, strict=True)):
         now, then = sampler._abar[index : index + 2]

@@ -70,10 +70,12 @@ def judged(
     ]
     if not found:
         return Judged(missing=why_missing(row, against, results))
-    upward = higher_is_better(metric or "", results)
-    # this row minus a rival: the better the rival, the lower (or, for an FID, the higher) that is
-    strongest = min if upward else max
-    return Judged(strongest(found, key=lambda one: one.value))
+    return Judged(strongest(found, bool(higher_is_better(metric or "", results))))
+
+
+def strongest(found: Sequence[Comparison], upward: bool) -> Comparison:
+    """Of a row's comparisons in one metric that with the best other row, its own least gain."""
+    return min(found, key=lambda one: one.value if upward else -one.value)
 
 
 def is_rival(row: Variant) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iec_eval.report.judgements import is_rival, why_missing
+from iec_eval.report.judgements import is_rival, strongest, why_missing
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
@@ -98,10 +98,7 @@ class _Clerk:
     def _strongest(self, found: Sequence[Comparison]) -> list[Comparison]:
         """Of each kind the comparison with the best row, which is this row's least gain."""
         kinds = [[one for one in found if one.relation == relation] for relation in _ROLES]
-        return [min(kind, key=self._gain) for kind in kinds if kind]
-
-    def _gain(self, one: Comparison) -> float:
-        return one.value if self._upward else -one.value
+        return [strongest(kind, self._upward) for kind in kinds if kind]
 
     def _clause(self, one: Comparison, role: str) -> str:
         other = self._rows.get(one.versus)
