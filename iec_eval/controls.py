@@ -9,22 +9,27 @@ not made twice: it is told whom it judges. The full-precision controls are ``stu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 from iec_eval.assembly import Plan, Planner, check_fit, plan_rows, planner
-from iec_eval.callbacks.base import DenoisingCallback
-from iec_eval.cost import EvaluationCost, evaluation_cost, expected_evaluations, interval
-from iec_eval.efficiency.base import EfficiencyMethod
-from iec_eval.errors import ConfigError, Incompatible, complaints
+from iec_eval.cost import evaluation_cost
+from iec_eval.errors import ConfigError, complaints
 from iec_eval.plugins import Registry
+from iec_eval.rivals import (
+    Corrected,
+    control,
+    equal_cost,
+    expected_macs,
+    halves,
+    stacked,
+    zero_cost,
+)
 from iec_eval.study import (
     Control,
     Experiment,
-    Part,
     Relation,
     Study,
     free_name,
@@ -33,15 +38,6 @@ from iec_eval.study import (
 
 Options = tuple[str, dict[str, Any]]
 Settings = tuple[list[Options], list[Options], list[Options]]
-
-TOLERANCE = 0.02  # costs this near each other are equal
-JUST_ABOVE = 0.1  # what a rival may cost more, where nothing between is to be had
-ZERO_COST = {
-    "epsilon-scaling": "epsilon scaling",
-    "time-shift": "time shift",
-    "scale-matched": "scale-matched",
-    "self-consistent": "self-consistent",
-}
 
 
 def plan_with_controls(
@@ -144,9 +140,9 @@ class _Table:
         if corrected is None:
             return
         rivals = [
-            *(_equal_cost(corrected) if "equal-cost" in wanted else []),
-            *(_zero_cost(corrected) if "zero-cost" in wanted else []),
-            *(_halves(corrected) if "halves" in wanted else []),
+            *(equal_cost(corrected) if "equal-cost" in wanted else []),
+            *(zero_cost(corrected) if "zero-cost" in wanted else []),
+            *(halves(corrected) if "halves" in wanted else []),
         ]
         plain = self._judge(row, "base", base) if rivals else None
         for rival in rivals:
@@ -170,7 +166,7 @@ class _Table:
         try:
             plan, plain = self.planner.plan(row.plan.experiment), self.planner.plan(base)
             cost = evaluation_cost(plain)
-            target = _macs(plan, cost)
+            target = expected_macs(plan, cost)
         except Exception as error:  # a callback that cannot be counted can still be run
             row.lacks.append(f"all rivals: what the row costs cannot be counted: {error}")
             return None
@@ -178,11 +174,11 @@ class _Table:
         return corrected if target > corrected.macs(plain) else None
 
     def _add_stacking(self, owner: _Row, row: _Row) -> None:
-        stacked = None if row.plan.callbacks else _stacked(row.plan)
-        if stacked is None:
+        parts = None if row.plan.callbacks else stacked(row.plan)
+        if parts is None:
             return
         name = f"{row.name}: naive stacking"
-        experiment = _control(row.plan.experiment, name, efficiency=stacked)
+        experiment = control(row.plan.experiment, name, efficiency=parts)
         try:
             self._judge(row, "stacking", experiment, owner)
         except ConfigError as error:
@@ -220,228 +216,8 @@ class _Table:
             check_fit(plan)
 
 
-@dataclass(frozen=True)
-class Corrected:
-    """A row whose callbacks take extra evaluations, and the same without callbacks.
-
-    ``base`` has the name that rivals made of it are called after. ``cost`` is that of an
-    evaluation, ``target`` the row's expected multiply-accumulates an image.
-    """
-
-    planner: Planner
-    plan: Plan
-    base: Plan
-    cost: EvaluationCost
-    target: float
-
-    @property
-    def name(self) -> str:
-        return self.plan.experiment.name
-
-    @property
-    def iec(self) -> tuple[int, DenoisingCallback] | None:
-        """The place of IEC among the callbacks, and IEC itself; None without."""
-        named = [(i, one) for i, one in enumerate(self.plan.callbacks) if one.name == "iec"]
-        return named[0] if named else None
-
-    @property
-    def cached(self) -> bool:
-        """Whether some steps do not run the whole network."""
-        return len(self.base.planned_full_steps()) < len(self.base.sampler.timesteps)
-
-    def macs(self, plan: Plan) -> float:
-        """Multiply-accumulates of another row with the base's network."""
-        return _macs(plan, self.cost)
-
-    def near(self, macs: float) -> bool:
-        """Whether a cost is the row's within the tolerance, or just above."""
-        return (1 - TOLERANCE) * self.target <= macs <= (1 + JUST_ABOVE) * self.target
-
-    def without(self, label: str, **changes: Any) -> Experiment:
-        """A control made of the base, with some of its settings changed."""
-        return _control(self.base.experiment, f"{self.base.experiment.name}: {label}", **changes)
-
-    def with_iec(self, label: str, part: Part) -> Experiment:
-        """A control made of the row, with another part in the place of IEC."""
-        place, _ = self.iec or (0, None)
-        callbacks = list(self.plan.experiment.callbacks)
-        callbacks[place] = part
-        return _control(self.plan.experiment, f"{self.name}: {label}", callbacks=callbacks)
-
-
-@dataclass(frozen=True)
-class _Rival:
-    """A control that may be had: ``make`` raises Incompatible or ConfigError if it cannot."""
-
-    name: str
-    relation: Relation
-    make: Callable[[], Experiment]
-
-
-def _equal_cost(row: Corrected) -> list[_Rival]:
-    if row.target <= (1 + TOLERANCE) * row.macs(row.base):
-        return []  # the base itself is of equal cost
-    rivals = [_Rival("more steps", "equal-cost", lambda: more_steps(row))]
-    if any(interval(method) is not None for method in row.base.methods):
-        rivals.append(_Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
-    options: Any = row.iec[1].options if row.iec else None
-    if options and len(options.weights) == 1:
-        rivals.append(_Rival("Heun", "equal-cost", lambda: _heun(row)))
-    return rivals
-
-
-def more_steps(row: Corrected) -> Experiment:
-    """The base with the number of sampler steps whose cost is nearest to the row's.
-
-    Not the fewest that are near enough: such rivals would all be 2 % short. A sampler or method
-    may refuse some numbers of steps; where those it takes leave none within the tolerance, the
-    next that costs more is taken, up to 10 % more.
-
-    Raises Incompatible if there is no such number, or no option ``steps``.
-    """
-    steps = getattr(row.base.sampler.options, "steps", None)
-    if type(steps) is not int:
-        raise Incompatible(f"sampler {row.base.sampler.name!r} has no option called steps")
-    below, last, refusal = row.base.experiment, steps, ""
-    for number in range(steps + 1, _most_steps(row, steps) + 1):
-        experiment = row.without(
-            f"{number} steps", sampler={**row.base.experiment.sampler, "steps": number}
-        )
-        try:
-            macs = _macs_of_steps(row, experiment)
-        except Exception as error:  # whatever a sampler says to a number it does not like
-            refusal = f"; {error}"
-            continue
-        if macs < row.target:
-            below, last = experiment, number
-            continue
-        nearer = macs - row.target <= row.target - _macs_of_steps(row, below)
-        if (nearer or not _spends_as_much(row, below)) and (row.near(macs) or last == number - 1):
-            return experiment
-        break
-    if _spends_as_much(row, below):
-        return below
-    raise Incompatible(
-        f"no number of steps that the sampler takes costs as much: {last} cost too little, the "
-        f"next that it takes more than {1 + JUST_ABOVE:g} times as much{refusal}"
-    )
-
-
-def _most_steps(row: Corrected, steps: int) -> int:
-    """More are not looked at: they cost about twice what is wanted."""
-    return 2 * math.ceil(steps * row.target / row.macs(row.base))
-
-
-def _spends_as_much(row: Corrected, experiment: Experiment) -> bool:
-    """Whether other steps cost as much as the row; the base's own do not, however near."""
-    changed = experiment is not row.base.experiment
-    return changed and row.near(_macs_of_steps(row, experiment))
-
-
-def _macs_of_steps(row: Corrected, experiment: Experiment) -> float:
-    """With the base's methods: they are the same, and building them again takes time."""
-    sampler = row.planner.sampler(experiment.sampler, f"{experiment.name}: sampler")
-    return row.macs(replace(row.base, sampler=sampler))
-
-
-def smaller_interval(row: Corrected) -> Experiment:
-    """The base with the largest smaller interval of its cache that costs as much as the row.
-
-    That is at least 98 % and at most 110 %. Raises Incompatible if there is none.
-    """
-    intervals = {i: interval(method) for i, method in enumerate(row.base.methods)}
-    place, now = next(((i, n) for i, n in intervals.items() if n is not None), (0, 0))
-    for smaller in range(now - 1, 0, -1):
-        methods = list(row.base.experiment.efficiency)
-        methods[place] = {**methods[place], "interval": smaller}
-        experiment = row.without(f"interval {smaller}", efficiency=methods)
-        try:
-            macs = row.macs(row.planner.plan(experiment))
-        except Exception:  # whatever a method says to an interval it does not like
-            continue
-        if row.near(macs):
-            return experiment
-    raise Incompatible(f"no interval below {now} costs as much")
-
-
-def _heun(row: Corrected) -> Experiment:
-    """Heun's steps where the row corrects; the last step of all has no second evaluation.
-
-    Raises Incompatible if that leaves more than this one evaluation unspent.
-    """
-    place, _ = row.iec or (0, None)
-    given = row.plan.experiment.callbacks[place]
-    kept: Part = {key: given[key] for key in ("where", "allow_clipping") if key in given}
-    experiment = row.with_iec("Heun", {"name": "iec", "preset": "heun", **kept})
-    macs = row.macs(row.planner.plan(experiment))
-    if macs <= row.macs(row.base) or macs < (1 - TOLERANCE) * row.target - row.cost.macs(1, 0):
-        raise Incompatible("it evaluates too little: the last step has no second evaluation")
-    return experiment
-
-
-def _zero_cost(row: Corrected) -> list[_Rival]:
-    """The registered ones, for a row that IEC corrects."""
-    if row.iec is None:
-        return []
-    given = row.plan.experiment.callbacks[row.iec[0]]
-    more: Mapping[str, Part] = {"scale-matched": {"of": given}}
-    parts = {name: {"name": name, **more.get(name, {})} for name in ZERO_COST}
-    known = row.planner.registry.names("callback")
-    return [
-        _fixed(label, "zero-cost", row.without(label, callbacks=[parts[name]]))
-        for name, label in ZERO_COST.items()
-        if name in known
-    ]
-
-
-def _halves(row: Corrected) -> list[_Rival]:
-    """IEC's fresher cache without its correction, and its correction without the fresher cache."""
-    if row.iec is None or not row.cached:
-        return []
-    place, callback = row.iec
-    options: Any = callback.options
-    if not options.refresh_cache:
-        return []
-    given = row.plan.experiment.callbacks[place]
-    halves = {"correction only": {**given, "refresh_cache": False}}
-    if "correct" in type(options).model_fields:
-        halves = {"refresh only": {**given, "correct": False}, **halves}
-    return [_fixed(label, "half", row.with_iec(label, part)) for label, part in halves.items()]
-
-
-def _fixed(name: str, relation: Relation, experiment: Experiment) -> _Rival:
-    return _Rival(name, relation, lambda: experiment)
-
-
-def _stacked(plan: Plan) -> list[Part] | None:
-    """The row's methods with composites replaced by their cache and quantizer; None without any."""
-    parts = list[Part]()
-    for given, method in zip(plan.experiment.efficiency, plan.methods, strict=True):
-        plain = [stage for stage in method.parts() if stage.slot is not None]
-        combines = len(method.parts()) > 1 and len(plain) > 1
-        parts += [_as_part(stage) for stage in plain] if combines else [given]
-    return parts if parts != plan.experiment.efficiency else None
-
-
-def _as_part(method: EfficiencyMethod) -> Part:
-    options = method.options.model_dump(mode="json", exclude_unset=True)
-    return {"name": method.name, **options}
-
-
 def _without_callbacks(row: Experiment) -> Experiment:
-    return _control(row, f"{row.name}: uncorrected", callbacks=[])
-
-
-def _control(row: Experiment, name: str, **changes: Any) -> Experiment:
-    return row.model_copy(
-        update={"name": name, "control": True, "judge_of": {}, "lacks": [], **changes}
-    )
-
-
-def _macs(plan: Plan, cost: EvaluationCost) -> float:
-    """Expected multiply-accumulates of one image, with evaluations of that cost."""
-    expected = expected_evaluations(plan)
-    return cost.macs(expected.full, expected.cached)
+    return control(row, f"{row.name}: uncorrected", callbacks=[])
 
 
 def _settings(plan: Plan) -> Settings:
