@@ -839,7 +839,7 @@ def test_a_real_process_says_it_without_a_traceback(
     study, out, path = with_broken_weights(write_study, toy, tmp_path, "truncated")
     ended = run("launch", study, "-o", out)
     assert (ended.returncode, ended.stdout) == (2, "")
-    complaints = [line for line in ended.stderr.splitlines() if "0/30 images" not in line]
+    complaints = [line for line in ended.stderr.splitlines() if "0/60 images" not in line]
     assert len(complaints) == 1
     assert complaints[0].startswith(f"iec-eval: weights {path}: cannot be read (")
 
