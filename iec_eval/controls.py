@@ -133,10 +133,12 @@ class _Table:
 
     def _add_for_correction(self, row: _Row, wanted: Sequence[Control]) -> None:
         base = _without_callbacks(row.plan.experiment)
-        self._judge(row, "base", base, only_existing=True)
+        known = self._judge(row, "base", base, only_existing=True)
         if not {"equal-cost", "zero-cost", "halves"} & set(wanted):
             return
-        corrected = self._corrected(row, base.model_copy(update={"name": self._base_name(row)}))
+        # rivals made of the base are called after it, or after the row if the base is new
+        name = known.name if known else row.name
+        corrected = self._corrected(row, base.model_copy(update={"name": name}))
         if corrected is None:
             return
         rivals = [
@@ -152,11 +154,6 @@ class _Table:
                     plain.judge_of.setdefault(found.name, "base")
             except Exception as error:  # nobody has asked for this row: a part may refuse it
                 row.lacks.append(f"{rival.name}: {error}")
-
-    def _base_name(self, row: _Row) -> str:
-        """What rivals that are made of the base are called after: it, or the row if it is new."""
-        known = (other.name for other in self.rows() if other.judge_of.get(row.name) == "base")
-        return next(known, row.name)
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.

@@ -124,9 +124,10 @@ def _scored(session: Session) -> Results:
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     costs = evaluation_costs([job.plan for job in session.firsts])
+    bases = _full_precision_jobs(session)
     rows, estimates, directions = [], {}, dict[str, bool]()
     for jobs, cost in zip(session.rows, costs, strict=True):
-        scored = _scored_row(session, jobs, cost, progress)
+        scored = _scored_row(session, jobs, bases, cost, progress)
         name = scored.row.name
         rows.append(scored.row.model_copy(update=session.study.remarks(name)))
         estimates[name] = scored.estimates
@@ -145,12 +146,20 @@ def _scored(session: Session) -> Results:
     return with_comparisons(results, estimates)
 
 
+def _full_precision_jobs(session: Session) -> list[Job]:
+    """Those of the full-precision row, one for each seed; none without such a row."""
+    base = full_precision(job.plan.experiment for job in session.firsts)
+    return next((jobs for jobs in session.rows if jobs[0].plan.experiment is base), [])
+
+
 def _scored_row(
-    session: Session, jobs: Sequence[Job], cost: EvaluationCost, progress: Progress
+    session: Session,
+    jobs: Sequence[Job],
+    bases: Sequence[Job],
+    cost: EvaluationCost,
+    progress: Progress,
 ) -> Scored:
     """A row, each seed against the full-precision row of the same seed."""
-    base = full_precision([of_seeds[0].plan.experiment for of_seeds in session.rows])
-    bases = next((found for found in session.rows if found[0].plan.experiment is base), [])
     scored = {}
     for job, of_base in zip_longest(jobs, bases):
         progress.describe(f"scoring {job.name}")

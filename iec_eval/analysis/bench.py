@@ -46,11 +46,14 @@ def correctors(plan: Plan) -> list[tuple[int, Any]]:
 
 def uncorrected(plan: Plan, registry: Registry) -> Plan:
     """The same row without its correctors; the row itself if it has none."""
+    kept = other_callbacks(plan)
+    return plan if kept == plan.experiment.callbacks else plan_like(plan, registry, callbacks=kept)
+
+
+def other_callbacks(plan: Plan) -> list[Part]:
+    """The row's callbacks but its correctors, as the study spells them."""
     positions = {i for i, _ in correctors(plan)}
-    if not positions:
-        return plan
-    kept = [part for i, part in enumerate(plan.experiment.callbacks) if i not in positions]
-    return plan_like(plan, registry, callbacks=kept)
+    return [part for i, part in enumerate(plan.experiment.callbacks) if i not in positions]
 
 
 def corrected(plan: Plan, registry: Registry) -> Plan:

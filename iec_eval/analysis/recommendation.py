@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from iec_eval.analysis.bench import Subject, correctors, uncorrected
+from iec_eval.analysis.bench import Subject, other_callbacks, uncorrected
 from iec_eval.cost import EvaluationCost, expected_evaluations
 from iec_eval.plugins import Registry
 
@@ -38,9 +38,6 @@ def recommend(
         (step for step in steps if step["gain"] > 0 and step["lambda"] > 0),
         key=lambda step: (-step["gain"] / max(step["macs"], 1), step["step"]),
     )
-    correcting = {place for place, _ in correctors(subject.plan)}
-    parts = enumerate(subject.plan.experiment.callbacks)
-    others = [part for place, part in parts if place not in correcting]
     chosen, spent = list[dict[str, Any]](), 0.0
     for step in ranked:
         if spent + step["macs"] <= budget * macs * (1 + 1e-9):
@@ -56,7 +53,7 @@ def recommend(
         "ranking": [step["step"] for step in ranked],
         "chosen": sorted(step["step"] for step in chosen),
         "steps": steps,
-        "callbacks": [*others, *callbacks_for(chosen)],
+        "callbacks": [*other_callbacks(subject.plan), *callbacks_for(chosen)],
     }
 
 

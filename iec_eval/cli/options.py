@@ -37,3 +37,16 @@ def bound_option(name: str, default: int | None, text: str) -> Callable[[Command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+
+
+def format_option(*forms: str) -> Callable[[Command], Command]:
+    """How to print a table, Markdown unless said otherwise."""
+    return click.option(
+        "-f",
+        "--format",
+        "style",
+        default="md",
+        show_default=True,
+        type=click.Choice(forms),
+        help="How to print it.",
+    )

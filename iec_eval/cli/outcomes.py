@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from iec_eval.cli.options import json_option
+from iec_eval.cli.options import format_option, json_option
 
 
 @click.command()
@@ -24,15 +24,7 @@ def status(out: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-f",
-    "--format",
-    "style",
-    default="md",
-    show_default=True,
-    type=click.Choice(["md", "csv", "json", "latex"]),
-    help="How to print it.",
-)
+@format_option("md", "csv", "json", "latex")
 @json_option
 def table(out: tuple[Path, ...], style: str, as_json: bool) -> None:
     """Print the table of one or several run folders."""
@@ -45,15 +37,7 @@ def table(out: tuple[Path, ...], style: str, as_json: bool) -> None:
 @click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--row", "rows", multiple=True, metavar="NAME", help="Only this row; repeatable.")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only this; repeatable.")
-@click.option(
-    "-f",
-    "--format",
-    "style",
-    default="md",
-    show_default=True,
-    type=click.Choice(["md", "json"]),
-    help="How to print it.",
-)
+@format_option("md", "json")
 @json_option
 def compare(
     out: tuple[Path, ...],
