@@ -20,8 +20,8 @@ from iec_eval.efficiency.quantized_layers import (
     GridSearch,
     QuantizedLayer,
     Switch,
-    find_quantized,
 )
+from iec_eval.efficiency.quantized_network import find_quantized
 from iec_eval.efficiency.quantizer import SHRINKS, fake_quantize, find_grid
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.efficiency.unet_walk import skip_splits

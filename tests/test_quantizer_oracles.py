@@ -13,12 +13,8 @@ from torch import Tensor, nn
 
 from iec_eval.clock import Clock
 from iec_eval.efficiency.deepcache import CachedUNet
-from iec_eval.efficiency.quantized_layers import (
-    Bits,
-    GridSearch,
-    QuantizedNetwork,
-    insert_quantizers,
-)
+from iec_eval.efficiency.quantized_layers import GridSearch
+from iec_eval.efficiency.quantized_network import Bits, QuantizedNetwork, insert_quantizers
 from iec_eval.efficiency.quantizer import Grid, fake_quantize, find_grid
 from iec_eval.efficiency.unet_walk import core_of, skip_splits
 

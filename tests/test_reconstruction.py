@@ -27,23 +27,17 @@ from iec_eval.efficiency.quantized_layers import (
     GridSearch,
     QuantizedLayer,
     Switch,
-    find_quantized,
 )
+from iec_eval.efficiency.quantized_network import find_quantized
 from iec_eval.efficiency.quantizer import Grid
-from iec_eval.efficiency.reconstruction import (
-    RATES,
-    Reconstruction,
-    ReconstructionOptions,
-    SoftRounding,
-    rectified_sigmoid,
-    take,
-)
+from iec_eval.efficiency.reconstruction import RATES, Reconstruction, ReconstructionOptions, take
 from iec_eval.efficiency.reconstruction_data import (
     Arguments,
     BlockData,
     Items,
     gather_items,
 )
+from iec_eval.efficiency.soft_rounding import SoftRounding, rectified_sigmoid
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.efficiency.unet_walk import core_of
 from iec_eval.errors import ConfigError, Incompatible

@@ -17,11 +17,10 @@ from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
-from iec_eval.efficiency.quantized_layers import (
+from iec_eval.efficiency.quantized_layers import GridSearch, Switch
+from iec_eval.efficiency.quantized_network import (
     Bits,
-    GridSearch,
     QuantizedNetwork,
-    Switch,
     check_quantizable,
     insert_quantizers,
 )
