@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from iec_eval.intervals import LEVEL, Estimate, simultaneous
+from iec_eval.intervals import LEVEL, Estimate, Estimates, simultaneous
 from iec_eval.report.wording import higher_is_better, judgement
 from iec_eval.results import (
     Comparison,
@@ -14,8 +14,6 @@ from iec_eval.results import (
     inferred_bases,
 )
 from iec_eval.study import Relation
-
-Estimates = Mapping[str, Mapping[str, Estimate]]  # by row and metric
 
 
 def with_comparisons(results: Results, estimates: Estimates) -> Results:

@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -109,6 +109,9 @@ class Estimate:
             freedom = self.without.numel() - self.without.numel() // self.without.shape[-1]
         half = quantile(level, freedom) * error
         return self.value - half, self.value + half
+
+
+Estimates = Mapping[str, Mapping[str, Estimate]]  # by row and metric
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@
 <out>/claims/                       who makes what at this moment, empty when nobody does
 <out>/slurm/                        studies, logs and a list of what was submitted to SLURM
 <out>/results.json  table.md  report.html  gallery.png  manifest.json
+<out>/influence.safetensors         what each image contributes to each number of results.json
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ SHOWN_IMAGES = 10  # of each row stay for the gallery, whatever is deleted
 # what a safetensors file holds besides numbers: names, shapes, checksum, what the chunk cost
 CHUNK_HEADER_BYTES, FEATURE_HEADER_BYTES = 328, 280
 RECORD_BYTES = 170  # of what a deleted chunk cost
-# study.yaml rows.json results.json manifest.json table.md report.html, two galleries as PNG
-RUN_FILES = 8
+# study.yaml rows.json results.json influence.safetensors manifest.json table.md report.html and
+# two galleries as PNG
+RUN_FILES = 9
 FILES_PER_ARTIFACT = 2
 MOST_PROCESSES = 1_000_000  # that are estimated, each on its own
 

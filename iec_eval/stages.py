@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageE
 from iec_eval.evaluation import Scored, groups, over_seeds, protocol
 from iec_eval.evaluation import score as score_row
 from iec_eval.generation import generate, record_failure, use_all_threads
+from iec_eval.influence import FILE as INFLUENCE
+from iec_eval.influence import write_estimates
+from iec_eval.intervals import Estimate, Estimates
 from iec_eval.jobs import SHOWN, Job
 from iec_eval.progress import Progress
 from iec_eval.report.page import write_report
@@ -89,12 +92,13 @@ def make(session: Session, share: Share, *, alone: bool = False) -> None:
 
 def score(session: Session, *, heal: bool) -> Results:
     """Score every variant, and first make again, if ``heal``, what is found damaged."""
-    results = _scored(session)
+    results, estimates = _scored(session)
     for _ in range(HEALINGS if heal else 0):
         if not _found_damage(session):
             break
         make(session, Share(), alone=True)
-        results = _scored(session)
+        results, estimates = _scored(session)
+    write_estimates(session.run.path, results, estimates)
     write_results(session.run.path / "results.json", results)
     return results
 
@@ -119,13 +123,14 @@ def _check_shown(session: Session) -> None:
                     processes.say(str(error))
 
 
-def _scored(session: Session) -> Results:
+def _scored(session: Session) -> tuple[Results, Estimates]:
     _check_shown(session)
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     costs = evaluation_costs([job.plan for job in session.firsts])
     bases = _full_precision_jobs(session)
-    rows, estimates, directions = [], {}, dict[str, bool]()
+    rows, directions = [], dict[str, bool]()
+    estimates = dict[str, Mapping[str, Estimate]]()
     for jobs, cost in zip(session.rows, costs, strict=True):
         scored = _scored_row(session, jobs, bases, cost, progress)
         name = scored.row.name
@@ -143,7 +148,7 @@ def _scored(session: Session) -> Results:
         variants=rows,
     )
     results = with_deltas(with_relative_costs(results))
-    return with_comparisons(results, estimates)
+    return with_comparisons(results, estimates), estimates
 
 
 def _full_precision_jobs(session: Session) -> list[Job]:
@@ -176,7 +181,8 @@ def report(session: Session, results: Results) -> list[Path]:
     write_json(folder / "manifest.json", made)
     rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
     paths = write_report(folder, results, rows, made, columns=SHOWN)
-    return [folder / "results.json", *paths, folder / "manifest.json"]
+    influence = [file for file in [folder / INFLUENCE] if file.is_file()]
+    return [folder / "results.json", *influence, *paths, folder / "manifest.json"]
 
 
 def _gallery_row(job: Job) -> tuple[str, torch.Tensor] | None:

@@ -18,6 +18,7 @@ from iec_eval.analysis.run import analyze as analyze_rows
 from iec_eval.errors import ConfigError
 from iec_eval.generation import set_threads, use_all_threads
 from iec_eval.images import ImagePreparation
+from iec_eval.influence import read_estimates
 from iec_eval.metrics.statistics import FILE
 from iec_eval.plugins import load_registry
 from iec_eval.provenance import recorded_settings
@@ -110,7 +111,12 @@ def table(folders: Sequence[Path], form: str) -> str:
 def compare(folders: Sequence[Path], form: str, rows: Sequence[str], metrics: Sequence[str]) -> str:
     """Rows of two or more run folders side by side, as md or json."""
     runs = [
-        Run(label, read_results(file), recorded_settings(file.parent / "manifest.json"))
+        Run(
+            label,
+            results := read_results(file),
+            recorded_settings(file.parent / "manifest.json"),
+            read_estimates(file.parent, results),
+        )
         for label, file in _labelled(folders).items()
     ]
     return compare_runs(runs, form, rows=rows, metrics=metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from torch import Tensor
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible, UnknownName
+from iec_eval.influence import read_estimates, write_estimates
+from iec_eval.intervals import Estimate
 from iec_eval.provenance import recorded_settings
 from iec_eval.report.compare import compare, difference_interval
 from iec_eval.report.experiments import Run, apart
 from iec_eval.report.wording import judgement
-from iec_eval.results import Cost, Measurement, Results, Variant, write_results
+from iec_eval.results import Cost, Measurement, Results, Variant, read_results, write_results
 
 Ci95 = tuple[float, float] | None
 NUMBERS = count()
@@ -57,8 +61,9 @@ MARKDOWN = """\
 
 2,000 images per row; differences are from one.
 
-Intervals of differences are unpaired: each run was scored on its own, so they are those of \
-independent measurements, and too wide rather than too narrow as the runs share their noise.
+Intervals of differences are unpaired, those of independent measurements, and too wide rather \
+than too narrow, as the runs share their noise: there is no fitting influence.safetensors \
+(evaluate again).
 
 Other experiments in one and two under one name: W8A8 differs in \
 efficiency.quantizer.bits (8 and 9).
@@ -80,13 +85,13 @@ def test_every_metric_has_a_block_and_says_where_noise_may_be_all() -> None:
 
 def test_json_holds_every_number_unrounded() -> None:
     found = json.loads(compare(two(), "json", rows=["W8A8"], metrics=["fid"]))
-    assert found["paired"] is False
     assert [one["run"] for one in found["runs"]] == ["one", "two"]
     first, second = found["entries"]
     assert (first["difference"], first["judgement"]) == (None, None)
     assert second["difference"] == -1.0
     assert second["difference_ci95"] == pytest.approx([-1.5, -0.5])
     assert (second["versus"], second["judgement"]) == ("one", "better")
+    assert (first["paired"], second["paired"]) == (None, False)
 
 
 def test_intervals_of_differences_cover_the_truth() -> None:
@@ -104,6 +109,105 @@ def test_intervals_of_differences_cover_the_truth() -> None:
         assert bounds is not None
         hits += bounds[0] <= 2.0 <= bounds[1]
     assert 0.94 <= hits / len(measured) <= 0.96
+
+
+def influences(seed: int, shared: Tensor, scale: float) -> Estimate:
+    own = torch.randn(len(shared), generator=torch.Generator().manual_seed(seed)).double()
+    return Estimate(10.0 - seed, shared + scale * own)
+
+
+def with_estimates(runs: list[Run], fids: list[Estimate]) -> list[Run]:
+    return [replace(r, estimates={"W8A8": {"fid": e}}) for r, e in zip(runs, fids, strict=True)]
+
+
+def test_runs_of_one_noise_are_compared_image_by_image() -> None:
+    shared = torch.randn(2000, generator=torch.Generator().manual_seed(9)).double()
+    fids = [influences(seed, shared, 0.1) for seed in (0, 1)]
+    runs = with_estimates(two(), fids)
+    entry = json.loads(compare(runs, "json", metrics=["fid"]))["entries"][1]
+    assert entry["paired"] is True
+    difference = fids[1].influence - fids[0].influence  # type: ignore[operator]
+    half = 1.959964 * float(difference.std()) / 2000**0.5
+    assert entry["difference_ci95"] == pytest.approx([-1 - half, -1 + half], abs=1e-9)
+    text = compare(runs, "md", metrics=["fid"])
+    assert "differences are paired: the runs start from the same noise, image by image.\n" in text
+    assert "unpaired" not in text
+
+
+def test_runs_of_other_noise_are_not_paired_whatever_they_keep() -> None:
+    shared = torch.zeros(2000).double()
+    fids = [influences(seed, shared, 1.0) for seed in (0, 1)]
+    one, other = with_estimates(two(), fids)
+    runs = [one, replace(other, settings={"images": {"seed": 5}})]
+    entry = json.loads(compare(runs, "json", metrics=["fid"]))["entries"][1]
+    assert (entry["paired"], entry["difference_ci95"]) == (False, pytest.approx([-1.5, -0.5]))
+    assert "paired: the runs start" not in compare(runs, "md")
+
+
+def test_of_three_runs_it_is_told_which_are_paired() -> None:
+    shared = torch.zeros(2000).double()
+    third = run("three", row("W8A8", 9.5, (9.1, 9.9), efficiency=quantized(7)))
+    runs = [*with_estimates(two(), [influences(s, shared, 1.0) for s in (0, 1)]), third]
+    text = compare(runs, "md", metrics=["fid"])
+    assert "image by image (two)." in text
+    assert "(evaluate again) (three)." in text
+
+
+def test_what_images_contribute_is_read_back_where_it_fits(tmp_path: Path) -> None:
+    rows = [row("A", 1.5, fingerprint="a"), row("B", 2.5, fingerprint="b")]
+    results = run("one", *rows).results
+    made = {
+        "A": {"fid": Estimate(1.5, torch.arange(3.0).double()), "is": Estimate(5.0)},
+        "B": {"fid": Estimate(9.0), "is": Estimate(5.0, without=torch.ones(20).double())},
+    }
+    assert read_estimates(tmp_path, results) is None
+    write_estimates(tmp_path, results, made)
+    found = read_estimates(tmp_path, results)
+    assert found is not None
+    assert torch.equal(found["A"]["fid"].influence, made["A"]["fid"].influence)  # type: ignore[arg-type]
+    assert found["B"].keys() == {"is"}  # its fid was 9.0 when that was written
+    assert torch.equal(found["B"]["is"].without, torch.ones(20).double())  # type: ignore[arg-type]
+    other = run("one", row("A", 1.5, fingerprint="c")).results
+    assert read_estimates(tmp_path, other) == {"A": {}}
+    content = bytearray((tmp_path / "influence.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "influence.safetensors").write_bytes(content)
+    with pytest.raises(CorruptFile, match="checksum"):
+        read_estimates(tmp_path, results)
+
+
+def test_rows_of_two_runs_differ_as_rows_of_one_run_do(
+    cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same two rows in one run and in two: one difference, one interval."""
+
+    def launch(name: str, *variants: dict[str, Any]) -> Path:
+        place = tmp_path / name
+        place.mkdir()
+        study = write_study(place, images={"count": 40}, controls=[], variants=list(variants))
+        assert cli("launch", study, "-o", place / "out").exit_code == 0
+        return place / "out"
+
+    cache = {"efficiency": [{"name": "deepcache", "interval": 3}]}
+    corrected = {**cache, "callbacks": [{"name": "iec"}]}
+    both = launch("both", {"name": "A", **cache}, {"name": "B", **corrected})
+    known = read_results(both / "results.json").variants[1].comparisons
+    wanted = {one.metric: (one.value, list(one.ci95)) for one in known if one.ci95}
+    assert wanted
+    folders = [launch("one", {"name": "A", **cache}), launch("two", {"name": "A", **corrected})]
+
+    def differences() -> dict[str, Any]:
+        found = json.loads(cli("compare", *folders, "--json").stdout)["entries"][1::2]
+        return {one["metric"]: one for one in found if one["difference_ci95"]}
+
+    found = differences()
+    assert {m: (e["difference"], e["difference_ci95"]) for m, e in found.items()} == wanted
+    assert all(entry["paired"] for entry in found.values())
+    (folders[0] / "influence.safetensors").unlink()
+    for metric, entry in differences().items():
+        (low, high), (lower, higher) = wanted[metric][1], entry["difference_ci95"]
+        assert entry["paired"] is False
+        assert lower < low < high < higher
 
 
 def test_lopsided_intervals_stay_lopsided() -> None:

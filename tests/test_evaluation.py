@@ -183,7 +183,9 @@ def test_costs_are_the_evaluations_that_were_made(launched: Run) -> None:
 
 def test_the_files_of_a_run_are_there(launched: Run) -> None:
     wanted = {"study.yaml", "results.json", "table.md", "report.html", "gallery.png"}
-    assert wanted | {"manifest.json"} <= {path.name for path in launched.out.iterdir()}
+    assert wanted | {"manifest.json", "influence.safetensors"} <= {
+        path.name for path in launched.out.iterdir()
+    }
     manifest = json.loads((launched.out / "manifest.json").read_text())
     assert manifest["fingerprints"] == {
         row["name"]: row["fingerprint"] for row in launched.results["variants"]

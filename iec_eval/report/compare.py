@@ -1,9 +1,10 @@
 """Rows of several runs side by side: the differences, with what the intervals of each run allow.
 
-Images of two runs are not compared one by one: a run's results hold what its metrics came to, not
-what each image contributed. So intervals of differences are those of independent measurements,
-which runs of other noise are. Where runs share their noise that errs on the safe side: what they
-share makes true differences less uncertain than such an interval says.
+Runs that start from the same noise and keep what each image contributed to their numbers
+(``influence.safetensors``) are compared image by image. Otherwise intervals of differences are
+those of independent measurements, which runs of other noise are. Where runs share their noise that
+errs on the safe side: what they share makes true differences less uncertain than such an interval
+says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
-from iec_eval.intervals import Interval
+from iec_eval.influence import FILE
+from iec_eval.intervals import Estimate, Interval
 from iec_eval.report.experiments import Run, apart, noise_of, one_noise, same_experiment
 from iec_eval.report.tables import markdown_table, markdown_text
 from iec_eval.report.wording import (
@@ -36,9 +38,10 @@ from iec_eval.results import (
     require_one_protocol,
 )
 
+PAIRED = "Intervals of differences are paired: the runs start from the same noise, image by image"
 UNPAIRED = (
-    "Intervals of differences are unpaired: each run was scored on its own, so they are those of "
-    "independent measurements, and too wide rather than too narrow as the runs share their noise."
+    "Intervals of differences are unpaired, those of independent measurements, and too wide rather "
+    f"than too narrow, as the runs share their noise: there is no fitting {FILE} (evaluate again)"
 )
 INDEPENDENT = (
     "Intervals of differences are unpaired, those of independent measurements: right for runs of "
@@ -53,7 +56,9 @@ class Entry:
 
     ``same_experiment`` says whether all that decides the images is as in the first run, noise
     included; a difference is then not the noise's, and has no interval. None where the first run
-    has no such row. ``without`` says why there is no difference, or none with an interval.
+    has no such row. ``paired`` says whether the interval of the difference counts what the images
+    of both have in common; None where there is no interval. ``without`` says why there is no
+    difference, or none with an interval.
     """
 
     metric: str
@@ -69,6 +74,7 @@ class Entry:
     versus: str | None
     difference: float | None
     difference_ci95: Interval | None
+    paired: bool | None
     judgement: Judgement | None
     without: str | None
 
@@ -190,6 +196,7 @@ def _alone(metric: str, row: Variant, run: Run) -> Entry:
         versus=None,
         difference=None,
         difference_ci95=None,
+        paired=None,
         judgement=None,
         without=None,
     )
@@ -212,14 +219,27 @@ def _against(entry: Entry, row: Variant, first: Run, run: Run, upward: bool | No
     if entry.value is None or base.value is None:
         lacking = f"no value in {run.label if entry.value is None else first.label}"
         return replace(entry, without=lacking)
-    bounds = difference_interval(entry.value, entry.ci95, base.value, base.ci95)
+    gap = _paired_difference(entry, first, run)
+    bounds = gap.interval() if gap else None
+    paired = bounds is not None
+    bounds = bounds or difference_interval(entry.value, entry.ci95, base.value, base.ci95)
     if bounds is None and not one_noise([first, run]):
         return replace(entry, without="no interval, and other noise")
     without = SAME if same else None if bounds else "no interval"
     entry = replace(entry, versus=first.label, difference=entry.value - base.value, without=without)
     if without:
         return entry
-    return replace(entry, difference_ci95=bounds, judgement=judgement(bounds, upward))
+    judged = judgement(bounds, upward)
+    return replace(entry, difference_ci95=bounds, paired=paired, judgement=judged)
+
+
+def _paired_difference(entry: Entry, first: Run, run: Run) -> Estimate | None:
+    """The row's number less the first run's, image by image; None where the runs do not tell."""
+    known = [one.estimates[entry.row] for one in (run, first) if one.estimates is not None]
+    if len(known) < 2 or not one_noise([first, run]):
+        return None
+    here, there = (of_row.get(entry.metric) for of_row in known)
+    return here - there if here and there else None
 
 
 def _as_json(runs: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
@@ -232,7 +252,6 @@ def _as_json(runs: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "runs": described,
         "protocol": runs[0].results.protocol,
-        "paired": False,
         "entries": [asdict(entry) for entry in entries],
     }
 
@@ -258,8 +277,11 @@ def _markdown(runs: Sequence[Run], entries: Sequence[Entry], left_out: Sequence[
 def _interval_notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
     """What the intervals are, and why a difference has none or is not judged."""
     notes = []
-    if any(entry.difference_ci95 for entry in entries):
-        notes.append(UNPAIRED if one_noise(runs) else f"{INDEPENDENT} ({_noises(runs)}).")
+    if any(entry.paired for entry in entries):
+        notes.append(f"{PAIRED}{_where(runs, entries, paired=True)}.")
+    if any(entry.paired is False for entry in entries):
+        shared = f"{UNPAIRED}{_where(runs, entries, paired=False)}."
+        notes.append(shared if one_noise(runs) else f"{INDEPENDENT} ({_noises(runs)}).")
     for metric in _metrics(entries, "no interval"):
         notes.append(f"{metric} has no interval: its differences may be noise, and are not judged.")
     for metric in _metrics(entries, "no interval, and other noise"):
@@ -271,6 +293,14 @@ def _interval_notes(runs: Sequence[Run], entries: Sequence[Entry]) -> list[str]:
     for metric in dict.fromkeys(undirected):
         notes.append(f"{metric} is not judged: nothing says which way it improves.")
     return notes
+
+
+def _where(runs: Sequence[Run], entries: Sequence[Entry], *, paired: bool) -> str:
+    """Which runs' differences are ``paired`` or are not; "" where that holds for all."""
+    told = {entry.run for entry in entries if entry.paired is paired}
+    if all(entry.paired in (paired, None) for entry in entries):
+        return ""
+    return f" ({', '.join(run.label for run in runs if run.label in told)})"
 
 
 def _metrics(entries: Sequence[Entry], without: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iec_eval.intervals import Estimates
 from iec_eval.results import Results, Variant, differing
 
 
@@ -14,12 +15,14 @@ class Run:
     """Results under a label, and the run's settings as its manifest has them, if there is one.
 
     ``settings`` are ``images`` (without the count), and as far as they are known ``model``,
-    ``model_files``, ``calibration`` and ``samplers`` (by row).
+    ``model_files``, ``calibration`` and ``samplers`` (by row). ``estimates`` are what the numbers'
+    intervals are made of, by row and metric; None where the run does not keep it.
     """
 
     label: str
     results: Results
     settings: Mapping[str, Any] | None
+    estimates: Estimates | None = None
 
     def row(self, name: str) -> Variant | None:
         """The row of that name, finished or not."""
