@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,19 @@ def test_the_price_is_told_first(analyzed: tuple[Path, Result]) -> None:
     assert told.startswith("To do: ")
     assert "products with Jacobians" in told
     assert "ms each, timed at full precision" in told
+
+
+def test_each_piece_of_work_is_counted_by_itself(analyzed: tuple[Path, Result]) -> None:
+    """One step of norms takes as long as many of a trajectory: one count would say nothing."""
+    _, result = analyzed
+    lines = result.stderr.splitlines()
+    begun = [line for line in lines if re.match(r"\d+ of \d+, .*: 0/\d+ steps$", line)]
+    count = len(begun)
+    assert [line.split(",")[0] for line in begun] == [
+        f"{n} of {count}" for n in range(1, count + 1)
+    ]
+    assert f"1 of {count}, cached: spectral norms: 0/3 steps" in begun
+    assert any(line.endswith("cached: trajectory of full precision: 0/5 steps") for line in begun)
 
 
 def test_norms(analyzed: tuple[Path, Result]) -> None:

@@ -72,6 +72,7 @@ class Work:
     """What one part of one row still lacks, and how to make it.
 
     Attributes:
+        plan: whose network it runs.
         units: of progress.
         evaluations: of the network, per image, summed over images.
         products: with a Jacobian, at most.
@@ -81,6 +82,7 @@ class Work:
     subject: Subject
     label: str
     make: Callable[[Bench], object]
+    plan: Plan
     units: int
     evaluations: int
     products: int = 0
@@ -107,10 +109,11 @@ def analyze(
     bench = Bench(run, ranks.first_device(study.execution), asked.progress)
     if work:
         tell(_price(asked, work, bench))
-    asked.progress.start(sum(one.units for one in work))
     try:
-        for one in work:
-            asked.progress.describe(f"{one.subject.name}: {one.label}")
+        for number, one in enumerate(work, start=1):
+            bench.assembly(one.plan)  # calibration has a progress of its own
+            asked.progress.start(one.units)  # steps of norms and of trajectories are not alike
+            asked.progress.describe(f"{number} of {len(work)}, {one.subject.name}: {one.label}")
             one.make(bench)
     finally:
         asked.progress.close()
@@ -184,6 +187,7 @@ def _spectral_work(asked: Analysis, subject: Subject) -> Work | None:
         subject,
         "spectral norms",
         make,
+        subject.plan,
         units=len(lacking),
         evaluations=_trajectory(subject.plan) * question.spectral_images,
         products=2 * rows * len(lacking) * (min(question.iterations, size) + 1),
@@ -208,6 +212,7 @@ def _trajectory_work(row: Subject, label: str, plan: Plan, question: Question) -
         row,
         f"trajectory of {label}",
         lambda bench: growth.obtain_states(plan, question, row, bench),
+        plan,
         units=row.total,
         evaluations=_trajectory(plan) * question.images,
     )
@@ -225,6 +230,7 @@ def _residual_work(asked: Analysis, row: Subject) -> Work | None:
         row,
         "residuals",
         lambda bench: residuals.run(row, lacking, question, pieces, bench),
+        row.plan,
         units=len(lacking),
         evaluations=each * question.images,
     )
