@@ -13,9 +13,9 @@ from torch import Tensor
 
 from iec_eval.intervals import Estimate, Estimates
 from iec_eval.results import Results, Variant
+from iec_eval.runs import INFLUENCE
 from iec_eval.storage import read_sealed, write_sealed
 
-FILE = "influence.safetensors"
 PARTS = ("influence", "without")  # of an estimate
 
 
@@ -27,7 +27,7 @@ def write_estimates(folder: Path, results: Results, estimates: Estimates) -> Non
             key = _key(row.fingerprint, metric)
             values[key] = one.value
             tensors |= {f"{key}/{p}": x for p in PARTS if (x := getattr(one, p)) is not None}
-    write_sealed(folder / FILE, tensors, {"values": values})
+    write_sealed(folder / INFLUENCE, tensors, {"values": values})
 
 
 def read_estimates(folder: Path, results: Results) -> dict[str, dict[str, Estimate]] | None:
@@ -36,7 +36,7 @@ def read_estimates(folder: Path, results: Results) -> dict[str, dict[str, Estima
     Numbers that the file has otherwise than ``results``, or not at all, are left out: it may be of
     an older or newer evaluation. Raises CorruptFile if it is damaged.
     """
-    path = folder / FILE
+    path = folder / INFLUENCE
     if not path.is_file():
         return None
     tensors, about = read_sealed(path)

@@ -42,6 +42,7 @@ from iec_eval.storage import (
     write_text,
 )
 
+INFLUENCE = "influence.safetensors"
 LAUNCH = "launch: "  # begins the last lines of a failure's record
 
 

@@ -18,14 +18,13 @@ from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageE
 from iec_eval.evaluation import Scored, groups, over_seeds, protocol
 from iec_eval.evaluation import score as score_row
 from iec_eval.generation import generate, record_failure, use_all_threads
-from iec_eval.influence import FILE as INFLUENCE
 from iec_eval.influence import write_estimates
 from iec_eval.intervals import Estimate, Estimates
 from iec_eval.jobs import SHOWN, Job
 from iec_eval.progress import Progress
 from iec_eval.report.page import write_report
 from iec_eval.results import Results, with_deltas, with_relative_costs, write_results
-from iec_eval.runs import covering
+from iec_eval.runs import INFLUENCE, covering
 from iec_eval.session import Session, open_run
 from iec_eval.storage import write_json
 from iec_eval.study import full_precision

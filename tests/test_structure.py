@@ -78,6 +78,7 @@ LAYERS = {
     "report": 13,
     "evaluation": 13,
     "status": 13,
+    "influence": 13,
     "comparisons": 14,
     "inspection": 14,
     "pictures": 14,

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
-from iec_eval.influence import FILE
 from iec_eval.intervals import Estimate, Interval
 from iec_eval.report.experiments import Run, apart, noise_of, one_noise, same_experiment
 from iec_eval.report.tables import markdown_table, markdown_text
@@ -37,11 +36,13 @@ from iec_eval.results import (
     Variant,
     require_one_protocol,
 )
+from iec_eval.runs import INFLUENCE
 
 PAIRED = "Intervals of differences are paired: the runs start from the same noise, image by image"
 UNPAIRED = (
     "Intervals of differences are unpaired, those of independent measurements, and too wide rather "
-    f"than too narrow, as the runs share their noise: there is no fitting {FILE} (evaluate again)"
+    "than too narrow, as the runs share their noise: there is no fitting "
+    f"{INFLUENCE} (evaluate again)"
 )
 INDEPENDENT = (
     "Intervals of differences are unpaired, those of independent measurements: right for runs of "
