@@ -161,19 +161,27 @@ def plugin_manager() -> tuple[pluggy.PluginManager, list[Distribution]]:
         manager.register(import_module(module), name=f"{hookspecs.PROJECT}:{module}")
     manager.check_pending()
     found = {hookspecs.PROJECT: Distribution(hookspecs.PROJECT, __version__)}
-    for entry_point in _entry_points():
-        name, version = _distribution(entry_point)
-        _load(manager, entry_point, found.setdefault(name, Distribution(name, version)))
+    installed = sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name)
+    wanted = _wanted()
+    for entry_point in installed:
+        if wanted is None or wanted & _names(entry_point):
+            name, version = _distribution(entry_point)
+            _load(manager, entry_point, found.setdefault(name, Distribution(name, version)))
+    for name in sorted((wanted or set()).difference(*map(_names, installed))):
+        error = f"{RESTRICT} names it, and no plugin that is installed is called that"
+        found[name] = Distribution(name, "unknown", error=error)
     return manager, list(found.values())
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
-    wanted = os.environ.get(RESTRICT)
-    found = sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name)
-    if wanted is None:
-        return found
-    names = {name.strip() for name in wanted.split(",") if name.strip()}
-    return [e for e in found if e.name in names or _distribution(e)[0] in names]
+def _wanted() -> set[str] | None:
+    """The plugins that the environment chooses; None for all of them."""
+    chosen = os.environ.get(RESTRICT)
+    return None if chosen is None else {name.strip() for name in chosen.split(",")} - {""}
+
+
+def _names(entry_point: metadata.EntryPoint) -> set[str]:
+    """What a plugin may be called: its entry point, or its distribution."""
+    return {entry_point.name, _distribution(entry_point)[0]}
 
 
 def _load(
