@@ -27,6 +27,7 @@ from scipy.optimize import curve_fit
 from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
+from iec_eval.analysis import plots
 from iec_eval.analysis.affine import affine_steps
 from iec_eval.analysis.growth import fit_growth
 from iec_eval.analysis.jacobian import Jacobian
@@ -508,3 +509,30 @@ def test_pieces_are_kept_apart_and_damage_is_noticed(
     assert ours.read("step") is None
     assert ours.read_tensor("states") is None
     assert capsys.readouterr().err.count("made again") == 2
+
+
+def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
+    distance = np.outer(np.arange(4), [1.0, 2.0, 3.0, 4.0, 100.0])  # of steps and images
+    names = ["row", "row + correction"], ["full precision", "full precision + correction"]
+    series = [
+        {
+            "run": run,
+            "versus": versus,
+            "mean": distance.mean(1).tolist(),
+            "fit": {"better": "neither"},
+        }
+        | {"distance": distance.tolist()}
+        for run in names[0]
+        for versus in names[1]
+    ]
+    assert plots.growth_plot({"series": series}) == "<svg>"
+    axes = figures[0].axes[0]
+    assert len(axes.get_legend().get_texts()) == 4
+    assert axes.get_legend().get_window_extent().x1 <= figures[0].bbox.x1
+    (band,) = axes.collections[0].get_paths()
+    last = band.vertices[band.vertices[:, 0] == 3][:, 1]
+    assert (last.min(), last.max()) == (6, 12)

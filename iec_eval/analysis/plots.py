@@ -11,6 +11,7 @@ from iec_eval.report.plots import figure_as_svg, plot_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
 
 Found = Mapping[str, Any]
 COLORS = ("#3b82c4", "#d9730d", "#2f9e63", "#a855c7", "#c2414d")  # on white and on black
@@ -30,9 +31,21 @@ def _drawn(draw: Callable[[Axes], None], x: str, y: str) -> str:
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         _show_plain_numbers(axes)
-        # above the axes, where it covers no line
-        axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        legend = _add_legend(axes, ncols=2)
+        if legend.get_window_extent().x1 > figure.bbox.x1:  # long names
+            _add_legend(axes, ncols=1)
         return figure_as_svg(figure)
+
+
+def _add_legend(axes: Axes, *, ncols: int) -> Legend:
+    """Above the axes, where it covers no line; in the place of one that is there."""
+    legend = axes.legend(
+        fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols
+    )
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.canvas.draw()  # lays out
+    return legend
 
 
 def _show_plain_numbers(axes: Axes) -> None:
@@ -71,20 +84,24 @@ def _ends(values: list[list[float]]) -> tuple[list[float], list[float]]:
 
 
 def growth_plot(found: Found) -> str | None:
-    """Mean distances per step with their spread, and the better of the fitted curves."""
+    """Mean distances per step, the middle half of the images, and the better of the fitted curves.
+
+    Not the standard deviation: one image that goes elsewhere makes it larger than the mean.
+    """
 
     def draw(axes: Axes) -> None:
         for color, series in zip(COLORS, found["series"], strict=False):
-            mean, std = np.array(series["mean"]), np.array(series["std"])
+            mean = np.array(series["mean"])
             x = np.arange(len(mean))
             axes.plot(x, mean, color=color, label=f"{series['run']} to {series['versus']}")
-            low = np.maximum(mean - std, 0)
-            axes.fill_between(x, low, mean + std, color=color, alpha=0.15, linewidth=0)
+            middle = np.quantile(series["distance"], (0.25, 0.75), axis=1)
+            axes.fill_between(x, *middle, color=color, alpha=0.15, linewidth=0)
             curve = _fitted(series["fit"], x[1:])
             if curve is not None:
                 axes.plot(x[1:], curve, ":", color=color, linewidth=1.5)
 
-    return _drawn(draw, "steps taken", "distance ||delta||; dotted: the better fit")
+    shown = "steps taken (shaded: the middle half of the images; dotted: the better fit)"
+    return _drawn(draw, shown, "distance ||delta||")
 
 
 def _fitted(fit: Found, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
