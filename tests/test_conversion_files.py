@@ -370,6 +370,10 @@ def test_other_contents_are_refused(content: Any, message: str, tmp_path: Path) 
             {"model.diffusion_model.middle_block.1.qkv.weight": torch.zeros(100, 64, 1)},
             r"qkv.weight' has shape \(100, 64, 1\), wanted one from which \(64, 64\)",
         ),
+        (
+            {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)},
+            "out.2.bias' is torch.int8, wanted floating-point weights",
+        ),
         ({"model.diffusion_model.extra.weight": torch.zeros(1)}, "unknown keys model.diffusion_mo"),
         ({"something.else": torch.zeros(1)}, "unknown keys something.else, 1 in all"),
         ({"first_stage_model.encoder.conv_in.bias": None}, "vae: key 'first_stage_model.encoder"),
@@ -385,6 +389,15 @@ def test_tensors_that_do_not_fit(changes: Any, message: str, tmp_path: Path) -> 
         convert_church(source, tmp_path, weights="raw")
     assert str(source) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    bias = torch.tensor([0.0, 1.0, value, 2.0])
+    source = church_file(tmp_path, **{"model.diffusion_model.out.2.bias": bias})
+    with pytest.raises(CorruptFile, match=r"out.2.bias' holds numbers that are not finite"):
+        convert_church(source, tmp_path, weights="raw")
+    assert not list((tmp_path / "out").glob("unet/*.safetensors"))
 
 
 def test_missing_averaged_tensors_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,14 @@ class Component:
             return None
         return TEXT_WEIGHTS_FILE if self.name == "text_encoder" else WEIGHTS_FILE
 
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-        """The tensors to be written, each taken from the checkpoint when its turn comes."""
+    def parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
+        """The tensors to be written, each taken from the checkpoint when its turn comes.
+
+        Reading one raises CorruptFile if a number in it is not finite.
+        """
+        tensors = checkpoint.tensors
         return {
-            name: Part(tensors[origin.name].dtype, self.shapes[name], _reader(tensors, origin))
+            name: Part(tensors[origin.name].dtype, self.shapes[name], _reader(checkpoint, origin))
             for name, origin in self.origins.items()
         }
 
@@ -160,8 +164,17 @@ def _renamed(origins: KeyMap, rename: Any) -> KeyMap:
     return {new: Origin(rename(origin.name), origin.take) for new, origin in origins.items()}
 
 
-def _reader(tensors: Mapping[str, Tensor], origin: Origin) -> Any:
-    return lambda: origin.take(tensors[origin.name])
+def _reader(checkpoint: Checkpoint, origin: Origin) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        value = checkpoint.tensors[origin.name]
+        if not torch.isfinite(value.float()).all():
+            raise CorruptFile(
+                f"checkpoint {checkpoint.path}: key {origin.name!r} holds numbers that are not "
+                "finite: its training failed, or the file is damaged"
+            )
+        return origin.take(value)
+
+    return read
 
 
 def _scale_factor(original: Configuration, checkpoint: Checkpoint) -> float | None:
@@ -227,6 +240,10 @@ def _check_tensors(component: Component, checkpoint: Checkpoint) -> None:
             raise CorruptFile(
                 f"{place}: key {origin.name!r} has shape {got}, wanted {_wanted(wanted, origin)}; "
                 f"{hint}"
+            )
+        if not found.is_floating_point():
+            raise CorruptFile(
+                f"{place}: key {origin.name!r} is {found.dtype}, wanted floating-point weights"
             )
 
 

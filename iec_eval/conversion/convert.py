@@ -177,7 +177,7 @@ class _Job:
     ) -> None:
         """Make what is missing, one component after the other."""
         missing = [component for component in components if component.name not in self.done]
-        parts = {component.name: component.parts(checkpoint.tensors) for component in missing}
+        parts = {component.name: component.parts(checkpoint) for component in missing}
         total = sum(part.bytes for ready in parts.values() for part in ready.values())
         progress.start(math.ceil(total / MEGABYTE))
         self._note()
