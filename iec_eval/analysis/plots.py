@@ -100,7 +100,7 @@ def growth_plot(found: Found) -> str | None:
             if curve is not None:
                 axes.plot(x[1:], curve, ":", color=color, linewidth=1.5)
 
-    shown = "steps taken (shaded: the middle half of the images; dotted: the better fit)"
+    shown = "steps taken (shaded: the middle half of images; dotted: a fit)"
     return _drawn(draw, shown, "distance ||delta||")
 
 
