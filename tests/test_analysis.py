@@ -532,6 +532,7 @@ def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
     assert plots.growth_plot({"series": series}) == "<svg>"
     axes = figures[0].axes[0]
     assert len(axes.get_legend().get_texts()) == 4
+    figures[0].canvas.draw()
     assert axes.get_legend().get_window_extent().x1 <= figures[0].bbox.x1
     (band,) = axes.collections[0].get_paths()
     last = band.vertices[band.vertices[:, 0] == 3][:, 1]

@@ -32,6 +32,7 @@ def _drawn(draw: Callable[[Axes], None], x: str, y: str) -> str:
         axes.set_ylabel(y)
         _show_plain_numbers(axes)
         legend = _add_legend(axes, ncols=2)
+        figure.canvas.draw()  # lays out
         if legend.get_window_extent().x1 > figure.bbox.x1:  # long names
             _add_legend(axes, ncols=1)
         return figure_as_svg(figure)
@@ -39,13 +40,9 @@ def _drawn(draw: Callable[[Axes], None], x: str, y: str) -> str:
 
 def _add_legend(axes: Axes, *, ncols: int) -> Legend:
     """Above the axes, where it covers no line; in the place of one that is there."""
-    legend = axes.legend(
+    return axes.legend(
         fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols
     )
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.canvas.draw()  # lays out
-    return legend
 
 
 def _show_plain_numbers(axes: Axes) -> None:
