@@ -166,13 +166,13 @@ def _renamed(origins: KeyMap, rename: Any) -> KeyMap:
 
 def _reader(checkpoint: Checkpoint, origin: Origin) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        value = checkpoint.tensors[origin.name]
+        value = origin.take(checkpoint.tensors[origin.name])
         if not torch.isfinite(value.float()).all():
             raise CorruptFile(
                 f"checkpoint {checkpoint.path}: key {origin.name!r} holds numbers that are not "
                 "finite: its training failed, or the file is damaged"
             )
-        return origin.take(value)
+        return value
 
     return read
 
