@@ -61,12 +61,7 @@ class GenerationModule(LightningModule):
         self._current: tuple[int, Assembly] | None = None
         self._stop = StopRequest()
         self._queue = Queue(
-            jobs,
-            execution.chunk_size,
-            share,
-            claims,
-            stopped=lambda: bool(self._stop),
-            tell=self._tell,
+            jobs, execution.chunk_size, share, claims, stopped=lambda: bool(self._stop)
         )
         self.ended: BaseException | None = None
 
@@ -82,6 +77,8 @@ class GenerationModule(LightningModule):
             launcher.met.set()
             self._stop.pass_on_to(launcher.kill)
         self._progress.visible = self._progress.visible and processes.leads()
+        if self._progress.visible:
+            self._queue.tell = self._progress.left
 
     def predict_step(self, batch: int, batch_idx: int) -> None:
         try:
@@ -166,10 +163,6 @@ class GenerationModule(LightningModule):
                 "the sampler's latents are not finite: no image can be made of them"
             )
         return model.decode(latents).cpu()
-
-    def _tell(self, pending: int) -> None:
-        """Show how much of the run is still to be done, by whomever."""
-        self._progress.left(pending)
 
 
 def _batches(

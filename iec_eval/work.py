@@ -21,6 +21,7 @@ from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.runs import IndexRange
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.5, 10.0
+LOOK_SECONDS = 15.0  # between two looks at what is left, while there is work
 ATTEMPTS = 3  # a disk that damages what it has just been given is not tried for ever
 
 
@@ -70,8 +71,11 @@ class Share:
 class Queue:
     """Iterates over tasks that this process has claimed, until all of the run's are done.
 
-    ``stopped()`` ends it early. Rows that failed in this launch are passed over. ``tell(left)``
-    hears at every look at the files how many images and features are to be made.
+    ``stopped()`` ends it early. Rows that failed in this launch are passed over.
+
+    Attributes:
+        tell: hears now and then how many images and features are still to be made by whomever;
+            if None, nobody looks.
     """
 
     def __init__(
@@ -82,24 +86,26 @@ class Queue:
         claims: Claims,
         *,
         stopped: Callable[[], bool] = lambda: False,
-        tell: Callable[[int], None] = lambda pending: None,
     ) -> None:
         self._jobs, self._chunk_size, self._share = jobs, chunk_size, share
-        self._claims, self._stopped, self._tell = claims, stopped, tell
+        self._claims, self._stopped = claims, stopped
+        self.tell: Callable[[int], None] | None = None
         self._attempts: Counter[str] = Counter()
         self._given_up: set[str] = set()
-        self._idle = 0
+        self._idle, self._looked = 0, -LOOK_SECONDS
 
     def __iter__(self) -> Iterator[Task]:
         while not self._stopped():
             pending = self.pending()
-            self._tell(sum(map(self._units, pending)))
+            self._tell_left(pending)
             taken = 0
             for task in _in_own_order(pending):
                 for claimed in self._claimed(task):
                     taken += 1
                     yield claimed
                     yield from self._features_of(claimed)
+                    if self.tell and time.monotonic() - self._looked > LOOK_SECONDS:
+                        self._tell_left(self.pending())
                 if self._stopped():
                     return
             if not taken and not self._worth_waiting(pending):
@@ -116,6 +122,11 @@ class Queue:
             for task in (*self._images(number, job), *self._features(number, job))
             if task.range.start // self._chunk_size % self._share.shard[1] == self._share.shard[0]
         ]
+
+    def _tell_left(self, pending: Sequence[Task]) -> None:
+        if self.tell is not None:
+            self.tell(sum(map(self._units, pending)))
+        self._looked = time.monotonic()
 
     def _units(self, task: Task) -> int:
         """Images and features that come of a task: who makes images looks at them too."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from iec_eval import processes, ranks
+from iec_eval import processes, ranks, work
 from iec_eval.claims import Claims
 from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.generation import _batches
@@ -89,6 +89,19 @@ def test_a_queue_gives_everything_once_and_leaves_no_claim(rows: list[Any], clai
     assert claims.held() == {}
     assert not something_to_do(rows, 4, Share())
     assert finish(Queue(rows, 4, Share(), claims)) == []
+
+
+def test_what_is_left_counts_what_others_made_meanwhile(
+    rows: list[Any], claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "LOOK_SECONDS", 0)
+    heard, queue = list[int](), Queue(rows, 4, Share(), claims)
+    queue.tell = heard.append
+    for number, task in enumerate(queue):
+        task.job.make(task.range)
+        if number == 0:
+            rows[1].make(IndexRange(0, 4))
+    assert heard == [24, 16, 12, 8, 4, 0, 0]
 
 
 def test_what_others_made_meanwhile_is_not_made_again(rows: list[Any], claims: Claims) -> None:
