@@ -537,3 +537,24 @@ def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
     (band,) = axes.collections[0].get_paths()
     last = band.vertices[band.vertices[:, 0] == 3][:, 1]
     assert (last.min(), last.max()) == (6, 12)
+
+
+def test_the_ablation_plot_shows_differences_with_their_intervals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
+    gap = {"value": -0.5, "ci95": [-0.75, -0.125], "judgement": "better"}
+    measured = [
+        {"overhead": 0.0, "metrics": {"fid": 3.0}, "differences": {}},
+        {"overhead": 0.5, "metrics": {"fid": 2.5}, "differences": {"fid": gap}},
+    ]
+    rows = [{"label": str(n), "measured": one} for n, one in enumerate(measured)]
+    assert plots.ablation_plot({"choices": rows}) == "<svg>"
+    (drawn,) = figures[0].axes[0].containers
+    point, _, (bar,) = drawn.lines
+    assert (point.get_xdata(), point.get_ydata()) == ([50], [-0.5])
+    assert bar.get_segments()[0][:, 1].tolist() == [-0.75, -0.125]
+    assert plots.ablation_plot({"choices": rows[:1]}) == "<svg>"
+    assert figures[1].axes[0].containers[0].lines[0].get_ydata() == [3.0]
+    assert plots.ablation_plot({"choices": [{"label": "0", "measured": None}]}) is None

@@ -19,6 +19,7 @@ from iec_eval.analysis.pieces import Pieces
 from iec_eval.assembly import plan_study
 from iec_eval.cost import expected_evaluations
 from iec_eval.plugins import load_registry
+from iec_eval.results import read_results
 from iec_eval.study import load
 
 Cli = Callable[..., Result]
@@ -299,16 +300,56 @@ def test_the_ablation_is_a_study_that_runs(
     assert before[0]["predicted_overhead"] == 0
     assert before[1]["predicted_overhead"] == pytest.approx(1)
     assert {choice["measured"] for choice in before} == {None}
-    made = cli("launch", path, "-o", analysis / "ablation", "-s", "images.count=4")
+    made = cli("launch", path, "-o", analysis / "ablation", "-s", "images.count=40")
     assert made.exit_code == 0, made.output
     told = cli("analyze", study, "-o", analysis.parent, *SMALL, "--what", "ablation")
     assert "measured 100.0 %, fid-toy" in told.stdout
+    assert " against none +" in told.stdout or " against none -" in told.stdout
+    results = read_results(analysis / "ablation" / "results.json")
+    rows_found = {row.name: row for row in results.variants}
     for row in ("cached-iec", "quantized-iec"):
         for choice in content(analysis, row, "ablation")["choices"]:
             measured = choice["measured"]
             assert measured["overhead"] == pytest.approx(choice["predicted_overhead"])
             assert measured["metrics"]["fid-toy"] >= 0
+            compared = rows_found[choice["name"]].comparisons
+            to_none = {one.metric: one for one in compared if one.relation == "base"}
+            assert bool(to_none) == (choice["label"] != "none")
+            assert measured["differences"].keys() == to_none.keys()
+            for metric, gap in measured["differences"].items():
+                one = to_none[metric]
+                assert (gap["value"], gap["judgement"]) == (one.value, one.judgement)
+                assert gap["ci95"] == (None if one.ci95 is None else list(one.ci95))
         assert (folder_of(analysis, row) / "ablation.svg").is_file()
+        table = list(csv.DictReader((folder_of(analysis, row) / "ablation.csv").open()))
+        assert table[0]["fid-toy_difference"] == ""
+        ends = ("_low", "", "_high")
+        low, value, high = (float(table[1][f"fid-toy_difference{end}"]) for end in ends)
+        assert low < value < high
+
+
+def test_rows_of_the_study_itself_are_measured_choices(
+    write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    quantized = {k: v for k, v in QUANTIZED.items() if k != "callbacks"} | {"name": "quantized"}
+    last = {**QUANTIZED, "name": "last", "callbacks": [{"name": "iec", "where": [4]}]}
+    path = write_study(
+        tmp_path,
+        variants=[quantized, QUANTIZED, last],
+        calibration={"seed": 1, "images": 4},
+        images={"count": 4},
+    )
+    out, rows = tmp_path / "out", ["--rows", "quantized + IEC"]
+    assert cli("launch", path, "-o", out).exit_code == 0
+    assert cli("analyze", path, "-o", out, *rows, "--what", "ablation").exit_code == 0
+    found = content(out / "analysis", "quantized-iec", "ablation")
+    measured = {choice["label"]: choice["measured"] for choice in found["choices"]}
+    there = {label for label, one in measured.items() if one is not None}
+    assert there == {"none", "every full step", "last"} < measured.keys()
+    assert found["images"] == 4
+    assert measured["every full step"]["overhead"] == pytest.approx(1)
+    results = {row.name: row for row in read_results(out / "results.json").variants}
+    assert measured["last"]["metrics"]["fid-toy"] == results["last"].metrics["fid-toy"].value
 
 
 def test_overheads_of_table_5(write_study: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def _steps(where: Any, full: frozenset[int], total: int) -> frozenset[int]:
 
 
 def _callbacks(plan: Plan, where: Any) -> list[dict[str, Any]]:
-    """The row's callbacks, its correctors told where to correct."""
-    told = {i for i, _ in correctors(plan)}
+    """The row's callbacks, its correctors told where to correct, unless they do so already."""
+    told = {i for i, one in correctors(plan) if getattr(one.options, "where", None) != where}
     parts = plan.experiment.callbacks
     return [{**part, "where": where} if i in told else part for i, part in enumerate(parts)]
 
@@ -100,10 +100,10 @@ def overheads(
 ) -> dict[str, Any]:
     """Predicted overhead of each choice over the uncorrected row, and what was measured of it.
 
-    ``results`` is the ablation's ``results.json``, which need not be there.
+    ``results`` may hold other rows as well, or not be there.
     """
-    measured = read_results(results).variants if results.is_file() else []
-    done = [row for row in measured if row.status == "done"]
+    measured = read_results(results) if results.is_file() else None
+    done = [row for row in (measured.variants if measured else []) if row.status == "done"]
     none = _result(chosen[0], done)
     plain = _macs(chosen[0].plan, cost)
     rows = []
@@ -121,7 +121,12 @@ def overheads(
                 "measured": _measured(_result(choice, done), none),
             }
         )
-    return {"row": subject.name, "fingerprint": subject.plan.fingerprint, "choices": rows}
+    return {
+        "row": subject.name,
+        "fingerprint": subject.plan.fingerprint,
+        "images": measured.images if measured else None,
+        "choices": rows,
+    }
 
 
 def _result(choice: Choice, done: Sequence[Variant]) -> Variant | None:
@@ -141,13 +146,21 @@ def _macs(plan: Plan, cost: EvaluationCost) -> float:
 
 
 def _measured(row: Variant | None, none: Variant | None) -> dict[str, Any] | None:
-    """Overheads in work and time, and the scores; None before the study has run."""
+    """Overheads in work and time, the scores, and their differences to the uncorrected row's.
+
+    A difference is there where the results compare the two. None before the study has run.
+    """
     if row is None or none is None:
         return None
     return {
         "overhead": _excess(row.cost.macs_per_image, none.cost.macs_per_image),
         "overhead_seconds": _excess(row.cost.seconds_per_image, none.cost.seconds_per_image),
         "metrics": {name: metric.value for name, metric in row.metrics.items()},
+        "differences": {
+            one.metric: {"value": one.value, "ci95": one.ci95, "judgement": one.judgement}
+            for one in row.comparisons
+            if one.versus == none.name
+        },
     }
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Found = Mapping[str, Any]
 COLORS = ("#3b82c4", "#d9730d", "#2f9e63", "#a855c7", "#c2414d")  # on white and on black
+MARKERS = ("o", "s", "D")  # of the points after all colours are used up
 SHOWN_LAMBDAS = 4
 
 
@@ -150,21 +151,41 @@ def recommendation_plot(found: Found) -> str | None:
 
 
 def ablation_plot(found: Found) -> str | None:
-    """The first metric against measured overhead; None before the ablation was run."""
+    """The first metric's difference to no correction, with its interval, against overhead.
+
+    The metric itself where no difference is known; None before the ablation was run.
+    """
     scored = [row for row in found["choices"] if row["measured"] is not None]
     scored = [row for row in scored if row["measured"]["overhead"] is not None]
     if not scored:
         return None
     metric = next(iter(scored[0]["measured"]["metrics"]))
+    compared = [row for row in scored if metric in row["measured"]["differences"]]
 
     def draw(axes: Axes) -> None:
-        for number, row in enumerate(scored):
-            score = row["measured"]["metrics"][metric]
-            if score is not None:
+        for number, row in enumerate(compared or scored):
+            value, bars = _score(row["measured"], metric)
+            if value is not None:
+                style = {"color": COLORS[number % len(COLORS)], "label": row["label"]}
+                marker = MARKERS[number // len(COLORS) % len(MARKERS)]
                 x = 100 * row["measured"]["overhead"]
-                axes.plot(x, score, "o", color=COLORS[number % len(COLORS)], label=row["label"])
+                axes.errorbar(x, value, yerr=bars, fmt=marker, capsize=3, **style)
+        if compared:
+            axes.axhline(0, color="#808080", linewidth=1)
 
-    return _drawn(draw, "more multiply-accumulates, %", metric)
+    shown = f"{metric}, difference to no correction" if compared else metric
+    return _drawn(draw, "more multiply-accumulates, %", shown)
+
+
+def _score(measured: Found, metric: str) -> tuple[float | None, list[list[float]] | None]:
+    """Difference and its error bars, as matplotlib takes them; else the metric without bars."""
+    gap = measured["differences"].get(metric)
+    if gap is None:
+        return measured["metrics"][metric], None
+    if gap["ci95"] is None:
+        return gap["value"], None
+    low, high = gap["ci95"]
+    return gap["value"], [[gap["value"] - low], [high - gap["value"]]]
 
 
 PLOTS: Mapping[str, Callable[[Found], str | None]] = {

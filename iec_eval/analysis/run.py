@@ -308,9 +308,15 @@ def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
         )
     if asked.wants("ablation") and correctors(row.plan):
         chosen = ablation.choices(row, asked.registry)
-        results = asked.folder / "ablation" / "results.json"
-        found["ablation"] = ablation.overheads(row, chosen, evaluation_cost(row.plan), results)
+        cost, results = evaluation_cost(row.plan), _ablation_results(asked)
+        found["ablation"] = ablation.overheads(row, chosen, cost, results)
     return found
+
+
+def _ablation_results(asked: Analysis) -> Path:
+    """Of the ablation if it has been run, else of the study itself, whose rows may be the same."""
+    own = asked.folder / "ablation" / "results.json"
+    return own if own.is_file() else asked.run.path / "results.json"
 
 
 def _spectral_result(asked: Analysis, subject: Subject) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 
 from iec_eval.analysis import plots
 from iec_eval.analysis.bench import Subject
+from iec_eval.report.wording import with_interval
 from iec_eval.storage import write_json, write_text
 
 Found = Mapping[str, Any]
@@ -175,13 +176,20 @@ def _ablation_table(found: Found) -> Cells:
     scored = [row["measured"] for row in found["choices"] if row["measured"] is not None]
     metrics = list(scored[0]["metrics"]) if scored else []
     names = ["evaluations_full", "evaluations_cached", "predicted_overhead"]
-    rows: Cells = [["label", *names, "measured_overhead", "overhead_seconds", *metrics]]
+    gaps = [f"{name}_difference{end}" for name in metrics for end in ("", "_low", "_high")]
+    rows: Cells = [["label", *names, "measured_overhead", "overhead_seconds", *metrics, *gaps]]
     for choice in found["choices"]:
-        told = choice["measured"] or {"overhead": "", "overhead_seconds": "", "metrics": {}}
+        told = choice["measured"] or _UNMEASURED
         values = [told["overhead"], told["overhead_seconds"]]
-        scores = [told["metrics"].get(name, "") for name in metrics]
-        rows.append([choice["label"], *(choice[name] for name in names), *values, *scores])
+        values += [told["metrics"].get(name, "") for name in metrics]
+        for name in metrics:
+            gap = told["differences"].get(name, {"value": "", "ci95": None})
+            values += [gap["value"], *(gap["ci95"] or ("", ""))]
+        rows.append([choice["label"], *(choice[name] for name in names), *values])
     return rows
+
+
+_UNMEASURED: Found = {"overhead": "", "overhead_seconds": "", "metrics": {}, "differences": {}}
 
 
 def _ablation_text(found: Found) -> list[str]:
@@ -193,8 +201,20 @@ def _choice_text(choice: Found) -> str:
     told = choice["measured"]
     if told is None or told["overhead"] is None:
         return text
-    scores = [f"{n} {v:.4g}" for n, v in told["metrics"].items() if v is not None]
+    scores = [
+        f"{name} {value:.4g}{_gap_text(told['differences'].get(name))}"
+        for name, value in told["metrics"].items()
+        if value is not None
+    ]
     return f"{text} (measured {100 * told['overhead']:.1f} %, {', '.join(scores)})"
+
+
+def _gap_text(gap: Found | None) -> str:
+    """The difference to the uncorrected row, and what it says."""
+    if gap is None or gap["ci95"] is None:
+        return ""
+    told = f" against none {with_interval(gap['value'], gap['ci95'], 4, '+')}"
+    return f"{told}: {gap['judgement']}" if gap["judgement"] else told
 
 
 TABLES: Mapping[str, Callable[[Found], Cells]] = {
