@@ -193,7 +193,12 @@ _UNMEASURED: Found = {"overhead": "", "overhead_seconds": "", "metrics": {}, "di
 
 
 def _ablation_text(found: Found) -> list[str]:
-    return ["overhead of correcting " + "; ".join(map(_choice_text, found["choices"][1:]))]
+    told = [_choice_text(choice) for choice in found["choices"][1:]]
+    if all(choice["measured"] is None for choice in found["choices"]):
+        return ["overhead of correcting " + "; ".join(told)]
+    none = _scores_text(found["choices"][0]["measured"])
+    head = f"overhead of correcting, and scores of {found['images']} images (uncorrected: {none})"
+    return [head, *(f"  {line}" for line in told)]
 
 
 def _choice_text(choice: Found) -> str:
@@ -201,20 +206,24 @@ def _choice_text(choice: Found) -> str:
     told = choice["measured"]
     if told is None or told["overhead"] is None:
         return text
+    return f"{text}, measured {100 * told['overhead']:.1f} %: {_scores_text(told)}"
+
+
+def _scores_text(measured: Found) -> str:
     scores = [
-        f"{name} {value:.4g}{_gap_text(told['differences'].get(name))}"
-        for name, value in told["metrics"].items()
+        f"{name} {value:.4g}{_gap_text(measured['differences'].get(name))}"
+        for name, value in measured["metrics"].items()
         if value is not None
     ]
-    return f"{text} (measured {100 * told['overhead']:.1f} %, {', '.join(scores)})"
+    return ", ".join(scores)
 
 
 def _gap_text(gap: Found | None) -> str:
     """The difference to the uncorrected row, and what it says."""
     if gap is None or gap["ci95"] is None:
         return ""
-    told = f" against none {with_interval(gap['value'], gap['ci95'], 4, '+')}"
-    return f"{told}: {gap['judgement']}" if gap["judgement"] else told
+    told = with_interval(gap["value"], gap["ci95"], 4, "+")
+    return f" ({told}, {gap['judgement']})" if gap["judgement"] else f" ({told})"
 
 
 TABLES: Mapping[str, Callable[[Found], Cells]] = {
