@@ -558,3 +558,16 @@ def test_the_ablation_plot_shows_differences_with_their_intervals(
     assert plots.ablation_plot({"choices": rows[:1]}) == "<svg>"
     assert figures[1].axes[0].containers[0].lines[0].get_ydata() == [3.0]
     assert plots.ablation_plot({"choices": [{"label": "0", "measured": None}]}) is None
+
+
+def test_a_step_that_does_not_move_leaves_a_gap_in_the_residuals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
+    none = {"after_half": None, "after_lambda": None, "after_own": None, "size": [2.0, 4.0]}
+    steps = [{"step": n, "before": before, **none} for n, before in enumerate([[1.0, 1.0], [0, 0]])]
+    assert plots.residual_plot({"steps": steps}) == "<svg>"
+    (line,) = figures[0].axes[0].lines
+    assert line.get_ydata()[0] == 0.375
+    assert np.isnan(line.get_ydata()[1])

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from iec_eval.errors import ConfigError, Incompatible
+from iec_eval.report import plots
 from iec_eval.report.figures import LARGEST, figures
 from iec_eval.report.filmstrips import filmstrips
 from iec_eval.report.gallery import cell_corner, differences, gallery
@@ -44,11 +45,13 @@ from iec_eval.results import (
     Measurement,
     Results,
     Variant,
+    read_results,
     with_deltas,
     with_relative_costs,
 )
 from iec_eval.study import Relation
 
+PUBLISHED = Path(__file__).parents[1] / "docs" / "results"
 IEC = [{"name": "iec"}]
 CACHE = [{"name": "deepcache", "interval": 3}]
 NASTY = "<b>x</b> & \"$y$\" 'z' | _^"
@@ -518,6 +521,20 @@ def test_plot_labels_do_not_cover_each_other() -> None:
     for one, other in combinations(boxes, 2):
         apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
         assert apart, (one, other)
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
+def test_no_label_of_a_published_study_is_cut_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
+    assert quality_plot(read_results(path)) == "<svg>"
+    axes = figures[0].axes[0]
+    frame = axes.get_window_extent()
+    placed = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
+    cut = [name for name, box in placed if name and (box.x1 > frame.x1 or box.x0 < frame.x0)]
+    assert cut == []
 
 
 def test_a_label_that_stands_away_is_tied_to_its_point() -> None:

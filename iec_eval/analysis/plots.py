@@ -113,7 +113,10 @@ def _fitted(fit: Found, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
 
 
 def residual_plot(found: Found) -> str | None:
-    """Mean residual per step before and after a correction, as a share of the sample's norm."""
+    """Mean residual per step before and after a correction, as a share of the sample's norm.
+
+    A step that does not move has none, and leaves a gap.
+    """
     steps = found["steps"]
     kinds = [("before", "before"), ("after_half", "lambda 0.5"), ("after_lambda", "best lambda")]
     kinds += [("after_own", "the row's correction")]
@@ -124,7 +127,8 @@ def residual_plot(found: Found) -> str | None:
             shares = [_mean_share(step[key], step["size"]) for step in there]
             if any(share > 0 for share in shares):
                 x = [step["step"] for step in there]
-                axes.plot(x, shares, ".-", color=color, label=label)
+                shown = [share or np.nan for share in shares]
+                axes.plot(x, shown, ".-", color=color, label=label)
         axes.set_yscale("log")
 
     return _drawn(draw, "step", "residual / ||x||") if steps else None

@@ -44,6 +44,7 @@ _RC: Mapping[str, Any] = {
 }
 _SIZE = (5.6, 4.2)  # inches: text is still readable at the width of a phone
 _CLEARANCE = 5.0  # pixels that a label keeps from points and arrows
+_OUTSIDE = 20.0  # how much worse it is for a label to be cut off than to cover something
 _NEAR = 14.0  # points: a label further from its point is tied to it by a line
 _ARROW_PARTS = 24  # places along an arrow that labels avoid
 _NAMED = 14  # points: more have numbers for names
@@ -315,9 +316,9 @@ def _surroundings(axes: Axes, cost: float, quality: float) -> Bbox:
 
 
 def _overlap(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-    """Area in square pixels that is covered twice or lies outside the frame."""
-    inside = _common(box, frame)
-    return box.width * box.height - inside + sum(_common(box, other) for other in taken)
+    """Area in square pixels that is covered twice or, counted more, lies outside the frame."""
+    outside = box.width * box.height - _common(box, frame)
+    return _OUTSIDE * outside + sum(_common(box, other) for other in taken)
 
 
 def _common(one: Bbox, other: Bbox) -> float:
