@@ -27,8 +27,9 @@ class DPMSolver(Sampler):
         n, last = options.steps, len(schedule) - 1
         if n > last:
             raise ConfigError(f"{self.name}: {n} steps wanted, this model allows {last} at most")
-        self.timesteps = tuple(round(last * (n - i) / n) for i in range(n))
-        self._abar = [schedule.abar(t) for t in (*self.timesteps, -1)]
+        timesteps = tuple(round(last * (n - i) / n) for i in range(n))
+        self.timesteps = timesteps
+        self._abar = [schedule.abar(t) for t in (*timesteps, -1)]
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         now, then = self._abar[index], self._abar[index + 1]
