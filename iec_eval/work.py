@@ -92,7 +92,7 @@ class Queue:
         self.tell: Callable[[int], None] | None = None
         self._attempts: Counter[str] = Counter()
         self._given_up: set[str] = set()
-        self._idle, self._looked = 0, -LOOK_SECONDS
+        self._idle, self._looked = 0, 0.0
 
     def __iter__(self) -> Iterator[Task]:
         while not self._stopped():

@@ -511,11 +511,17 @@ def test_pieces_are_kept_apart_and_damage_is_noticed(
     assert capsys.readouterr().err.count("made again") == 2
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures of the plots that a test draws, each of which comes out as ``<svg>``."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: drawn.append(figure) or "<svg>")
+    return drawn
+
+
 def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
-    monkeypatch: pytest.MonkeyPatch,
+    figures: list[Any],
 ) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
     distance = np.outer(np.arange(4), [1.0, 2.0, 3.0, 4.0, 100.0])  # of steps and images
     names = ["row", "row + correction"], ["full precision", "full precision + correction"]
     series = [
@@ -540,10 +546,8 @@ def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
 
 
 def test_the_ablation_plot_shows_differences_with_their_intervals(
-    monkeypatch: pytest.MonkeyPatch,
+    figures: list[Any],
 ) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
     gap = {"value": -0.5, "ci95": [-0.75, -0.125], "judgement": "better"}
     measured = [
         {"overhead": 0.0, "metrics": {"fid": 3.0}, "differences": {}},
@@ -561,10 +565,8 @@ def test_the_ablation_plot_shows_differences_with_their_intervals(
 
 
 def test_a_step_that_does_not_move_leaves_a_gap_in_the_residuals(
-    monkeypatch: pytest.MonkeyPatch,
+    figures: list[Any],
 ) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "figure_as_svg", lambda figure: figures.append(figure) or "<svg>")
     none = {"after_half": None, "after_lambda": None, "after_own": None, "size": [2.0, 4.0]}
     steps = [{"step": n, "before": before, **none} for n, before in enumerate([[1.0, 1.0], [0, 0]])]
     assert plots.residual_plot({"steps": steps}) == "<svg>"

@@ -157,7 +157,7 @@ def _measured(row: Variant | None, none: Variant | None) -> dict[str, Any] | Non
         "overhead_seconds": _excess(row.cost.seconds_per_image, none.cost.seconds_per_image),
         "metrics": {name: metric.value for name, metric in row.metrics.items()},
         "differences": {
-            one.metric: {"value": one.value, "ci95": one.ci95, "judgement": one.judgement}
+            one.metric: one.model_dump(include={"value", "ci95", "judgement"})
             for one in row.comparisons
             if one.versus == none.name
         },
