@@ -30,6 +30,15 @@ RELATIONS: Mapping[Relation, str] = {
 }
 
 
+def assumed_tflops(study: Study) -> float:
+    """10^12 operations a second that one process is taken to sustain, if nobody says.
+
+    15 is within reach of an A100 in single precision, which has 19.5 at most; 0.1 is about one
+    thread of a CPU (0.09 was measured with the packaged model at full precision).
+    """
+    return 0.1 if study.execution.accelerator == "cpu" else 15.0
+
+
 def study_rows(
     jobs: Sequence[Job], study: Study, run: RunFolder, tflops: float
 ) -> list[dict[str, Any]]:
@@ -224,9 +233,9 @@ def _total_as_text(rows: Sequence[dict[str, Any]], tflops: float) -> str:
     """The sum over rows; hours are of multiply-accumulates alone, two operations each."""
     disk, hours = sum(row["disk_bytes"] for row in rows), sum(row["hours"] for row in rows)
     return (
-        f"In all {len(rows)} rows, {quantity(disk, 'B')} on disk, {_hours(hours)}: estimated from "
-        f"the U-Net's multiply-accumulates at {tflops:g} TFLOP/s; calibration, decoding, scoring "
-        "and the extra work of simulated bits are not in it"
+        f"In all {len(rows)} rows, {quantity(disk, 'B')} on disk, {_hours(hours)} of one process: "
+        f"estimated from the U-Net's multiply-accumulates at {tflops:g} TFLOP/s; calibration, "
+        "decoding, scoring and the extra work of simulated bits are not in it"
     )
 
 

@@ -128,13 +128,14 @@ def show(
     out: Path | None,
     *,
     as_json: bool,
-    tflops: float,
+    tflops: float | None,
     scale: ScaleQuestion | None = None,
 ) -> str:
     """What a study would do, need and cost; no weights are read, and they need not be there."""
     lacking = list[str]()
     with hub.offline():
         session = prepare(source, overrides, out, lacking)
+    tflops = inspection.assumed_tflops(session.study) if tflops is None else tflops
     rows = inspection.study_rows(session.jobs, session.study, session.run, tflops)
     scaled = None
     if scale is not None:

@@ -156,7 +156,8 @@ def test_show_prints_the_study_and_a_line_for_each_row(
         f"cached + IEC: 5 steps, 4 full + 3 cached evaluations, {cost:.3g} MMAC an image; "
         "10 of 10 images missing, 640 B on disk, 0 seconds"
     )
-    assert shown[-1].startswith("In all 3 rows, 1.92 kB on disk, 0 seconds: estimated from")
+    total = "In all 3 rows, 1.92 kB on disk, 0 seconds of one process: estimated"
+    assert shown[-1].startswith(total)
 
 
 def test_show_estimates_hours_from_the_work(cli: Cli, write_study: Write, tmp_path: Path) -> None:
@@ -167,8 +168,16 @@ def test_show_estimates_hours_from_the_work(cli: Cli, write_study: Write, tmp_pa
         assert row["hours"] == pytest.approx(wanted)
     lines = cli("show", study, "--tflops", "0.001").stdout.splitlines()
     hours = sum(row["hours"] for row in rows(cli, study, "--tflops", "0.001").values())
-    assert f"{hours:.1f} hours: estimated" in lines[-1]
+    assert f"{hours:.1f} hours of one process: estimated" in lines[-1]
     assert "at 0.001 TFLOP/s" in lines[-1]
+
+
+def test_show_does_not_take_a_cpu_for_a_gpu(cli: Cli, write_study: Write, tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    for accelerator, tflops in (("cpu", 0.1), ("gpu", 15)):
+        asked = ("show", study, "-s", f"execution.accelerator={accelerator}")
+        assert json.loads(cli(*asked, "--json").stdout)["tflops"] == tflops
+        assert f"at {tflops} TFLOP/s" in cli(*asked).stdout
 
 
 def test_show_lists_what_is_missing_and_the_other_verbs_refuse(

@@ -118,4 +118,4 @@ def test_show_needs_no_files(
             assert metric["reference"] in lacking
     text = cli("show", path).stdout
     assert "Before it can run:" in text
-    assert "hours: estimated from the U-Net's multiply-accumulates at 15 TFLOP/s" in text
+    assert "estimated from the U-Net's multiply-accumulates at 15 TFLOP/s" in text

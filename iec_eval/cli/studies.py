@@ -115,9 +115,8 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
 @click.option(
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
-    default=15.0,
-    show_default=True,
-    help="Sustained speed to estimate times with: 10^12 floating-point operations a second.",
+    help="Sustained speed of one process to estimate times with: 10^12 floating-point operations "
+    "a second.  [default: 15; 0.1 with execution.accelerator: cpu]",
 )
 @click.option("--scale", metavar="P,P,...", help="Estimate for so many processes: 1,8,64,512.")
 @click.option(
@@ -138,7 +137,7 @@ def show(
     overrides: tuple[str, ...],
     out: Path | None,
     as_json: bool,
-    tflops: float,
+    tflops: float | None,
     scale: str | None,
     seconds_per_image: tuple[str, ...],
     assume: tuple[str, ...],
