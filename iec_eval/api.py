@@ -23,11 +23,12 @@ from iec_eval.metrics.base import Metric, PairedMetric, Pairs
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.models.base import DiffusionModel, to_uint8
 from iec_eval.noise import Draw, Noise
-from iec_eval.options import BaseOptions
+from iec_eval.options import NOT_DECISIVE, BaseOptions
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
 
 __all__ = [
+    "NOT_DECISIVE",
     "Artifact",
     "BaseOptions",
     "Bench",

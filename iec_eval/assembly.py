@@ -28,6 +28,7 @@ from iec_eval.clock import Clock
 from iec_eval.denoising import evaluator_of
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
+from iec_eval.fingerprints import digest, model_identity, row_fingerprint
 from iec_eval.metrics.base import Metric, PairedMetric
 from iec_eval.models.base import DiffusionModel
 from iec_eval.options import BaseOptions, validated
@@ -35,7 +36,7 @@ from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
 from iec_eval.runs import RunFolder
 from iec_eval.samplers.base import Sampler
-from iec_eval.study import Experiment, Part, Study, digest, full_precision
+from iec_eval.study import Experiment, Part, Study, full_precision
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Planner:
             build(self.registry, "callback", part, f"{row.name}: callbacks[{i}]")
             for i, part in enumerate(row.callbacks)
         ]
-        fingerprint = self._fingerprint(row, methods, callbacks)
+        fingerprint = self._fingerprint(row, sampler, methods, callbacks)
         plan = Plan(
             row, self.model, self.identity, self.batching, sampler, methods, callbacks, fingerprint
         )
@@ -136,16 +137,21 @@ class Planner:
     def _fingerprint(
         self,
         row: Experiment,
-        methods: Iterable[EfficiencyMethod],
+        sampler: Sampler,
+        methods: Sequence[EfficiencyMethod],
         callbacks: Sequence[DenoisingCallback],
     ) -> str:
-        calibrated = [callback for callback in callbacks if callback.needs_calibration]
+        calibrates = bool(methods) or any(callback.needs_calibration for callback in callbacks)
         mixed = any(callback.depends_on_batch for callback in callbacks)
-        stages = [part for method in methods for part in method.parts()]
-        parts: list[EfficiencyMethod | DenoisingCallback] = [*stages, *calibrated]
-        versions = {part.name: part.version for part in parts}
-        batching = self.batching if mixed else None
-        return row.fingerprint(self.identity, batching, versions, calibrated=bool(calibrated))
+        return row_fingerprint(
+            model_identity(self.model, self.identity),
+            sampler,
+            [part for method in methods for part in method.parts()],
+            callbacks,
+            row.images.seed,
+            calibration=row.calibration.identity() if calibrates else None,
+            batching=self.batching if mixed else None,
+        )
 
 
 def planner(study: Study, registry: Registry, lacking: list[str] | None = None) -> Planner:
@@ -319,9 +325,8 @@ def artifact_keys(plan: Plan) -> list[tuple[Calibrated, str]]:
 def _keyed(plan: Plan) -> list[tuple[EfficiencyMethod | DenoisingCallback, str]]:
     """The methods' parts, then the callbacks, each with the key of what it may calibrate."""
     row = plan.experiment
-    key = root_key(
-        {**row.model, "files": dict(plan.identity)}, row.sampler, row.calibration.identity()
-    )
+    model = model_identity(plan.model, plan.identity)
+    key = root_key(model, plan.sampler, row.calibration.identity())
     parts: list[EfficiencyMethod | DenoisingCallback] = [*plan.parts(), *plan.callbacks]
     keyed = []
     for part in parts:

@@ -20,26 +20,17 @@ from iec_eval.clock import Clock
 from iec_eval.denoising import Denoiser, denoise
 from iec_eval.efficiency.base import Artifact
 from iec_eval.errors import MissingArtifact
+from iec_eval.fingerprints import Identified, digest, identity
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
 from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler
-from iec_eval.study import digest
 
 CPU = torch.device("cpu")
 
 
-class Calibrated(Protocol):
+class Calibrated(Identified, Protocol):
     """What can be calibrated: an efficiency method, a denoising callback."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def options(self) -> Any: ...
 
     @property
     def needs_calibration(self) -> bool: ...
@@ -153,18 +144,16 @@ class Bench:
         self.progress.advance(1)
 
 
-def root_key(
-    model: Mapping[str, object], sampler: Mapping[str, object], calibration: Mapping[str, object]
-) -> str:
+def root_key(model: Mapping[str, Any], sampler: Identified, calibration: Mapping[str, Any]) -> str:
     """The key before any part: model with its hashes, sampler and calibration settings."""
     return digest(
-        {"model": dict(model), "sampler": dict(sampler), "calibration": dict(calibration)}
+        {"model": dict(model), "sampler": identity(sampler), "calibration": dict(calibration)}
     )
 
 
 def next_key(key: str, part: Calibrated) -> str:
     """The key of a part's artifact, from the key before it."""
-    return digest([key, part.name, part.options.model_dump(mode="json"), part.version])
+    return digest([key, identity(part)])
 
 
 def draft_key(key: str) -> str:

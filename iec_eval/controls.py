@@ -9,14 +9,14 @@ not made twice: it is told whom it judges. The full-precision controls are ``stu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
 
 from iec_eval.assembly import Plan, Planner, check_fit, plan_rows, planner
 from iec_eval.cost import evaluation_cost
 from iec_eval.errors import ConfigError, complaints
+from iec_eval.fingerprints import identity
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
     Corrected,
@@ -35,9 +35,6 @@ from iec_eval.study import (
     free_name,
     full_precision,
 )
-
-Options = tuple[str, dict[str, Any]]
-Settings = tuple[list[Options], list[Options], list[Options]]
 
 
 def plan_with_controls(
@@ -89,11 +86,6 @@ class _Row:
     def name(self) -> str:
         return self.plan.experiment.name
 
-    @cached_property
-    def settings(self) -> Settings:
-        """Equal for rows of a study that make the same images."""
-        return _settings(self.plan)
-
     def planned(self) -> Plan:
         """The plan, which says what has been found out about the row."""
         found = {"judge_of": self.judge_of, "lacks": self.lacks}
@@ -119,7 +111,7 @@ class _Table:
         judge = next((row for row in self.own if row.plan.experiment is base), None)
         for row in self.own if judge else []:
             plain = row.plan.methods and not row.plan.callbacks
-            if judge and plain and _options(row.plan.sampler) == _options(judge.plan.sampler):
+            if judge and plain and identity(row.plan.sampler) == identity(judge.plan.sampler):
                 judge.judge_of[row.name] = "full-precision"
 
     def add_controls(self, row: _Row, wanted: Sequence[Control]) -> None:
@@ -195,8 +187,8 @@ class _Table:
         Gives that row. Raises ConfigError if it cannot be had.
         """
         plan = self.planner.plan(experiment)
-        settings = _settings(plan)
-        found = next((other for other in self.rows() if other.settings == settings), None)
+        same = (other for other in self.rows() if other.plan.fingerprint == plan.fingerprint)
+        found = next(same, None)
         if found is None and not only_existing:
             name = free_name(experiment.name, [other.name for other in self.rows()])
             found = _Row(replace(plan, experiment=experiment.model_copy(update={"name": name})))
@@ -215,16 +207,3 @@ class _Table:
 
 def _without_callbacks(row: Experiment) -> Experiment:
     return control(row, f"{row.name}: uncorrected", callbacks=[])
-
-
-def _settings(plan: Plan) -> Settings:
-    """The parts with all of their options, those left out at their defaults."""
-    return [_options(plan.sampler)], _all_options(plan.methods), _all_options(plan.callbacks)
-
-
-def _all_options(parts: Iterable[Any]) -> list[Options]:
-    return [_options(part) for part in parts]
-
-
-def _options(part: Any) -> Options:
-    return part.name, part.options.model_dump()

@@ -22,10 +22,11 @@ from iec_eval.assembly import (
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.fingerprints import digest
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
 from iec_eval.samplers.base import Sampler
-from iec_eval.study import Part, digest
+from iec_eval.study import Part
 
 FULL_BITS = 32
 

@@ -12,6 +12,7 @@ import torch
 
 from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
+from iec_eval.fingerprints import digest
 from iec_eval.intervals import Estimate, is_spread
 from iec_eval.jackknife import with_groups
 from iec_eval.jobs import Job, network_id, stored_features
@@ -20,7 +21,6 @@ from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.progress import Progress
 from iec_eval.results import Cost, Measurement, Status, Variant
 from iec_eval.runs import NOTHING_SPENT, IndexRange, VariantFolder, covering
-from iec_eval.study import digest
 
 Reader = Callable[[IndexRange, slice], Any]
 

@@ -13,10 +13,10 @@ import torch
 from iec_eval import processes
 from iec_eval.assembly import Plan
 from iec_eval.errors import CorruptFile
+from iec_eval.fingerprints import digest
 from iec_eval.metrics.features import FeatureNetwork, Features
 from iec_eval.runs import IndexRange, VariantFolder, covers, missing_ranges
 from iec_eval.storage import read_sealed, seen, write_sealed
-from iec_eval.study import digest
 
 SHOWN = 10  # images of each row in the gallery
 EXTRACTED = 128  # images a feature network sees at once, whatever a file holds

@@ -8,17 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Any, Final, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from iec_eval.errors import ConfigError
+
+NOT_DECISIVE: Final = "decides no image"
+"""Marks an option, ``Annotated[str, NOT_DECISIVE]``, whose value as such decides no image.
+
+The place of a file whose content is hashed is one, and the name of a set of other options.
+"""
 
 
 class BaseOptions(BaseModel):
     """Base of every part's options: immutable, strict about types, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def decisive(self) -> dict[str, Any]:
+        """All options as JSON values, defaults included, but those marked NOT_DECISIVE."""
+        kept: dict[str, Any] = _decisive(self, self.model_dump(mode="json"))
+        return kept
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -44,6 +55,17 @@ def first_problem(error: Exception) -> str:
     problem = error.errors()[0]
     place = ".".join(str(step) for step in problem["loc"])
     return f"{place}: {problem['msg']}" if place else problem["msg"]
+
+
+def _decisive(value: Any, dumped: Any) -> Any:
+    """What is dumped of a value, without what is marked in it, however deep."""
+    if isinstance(value, BaseModel) and isinstance(dumped, dict):
+        fields = type(value).model_fields
+        kept = {name for name in fields if NOT_DECISIVE not in fields[name].metadata}
+        return {name: _decisive(getattr(value, name), dumped[name]) for name in sorted(kept)}
+    if isinstance(value, list | tuple) and isinstance(dumped, list):
+        return [_decisive(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def _telling(cls: type[BaseModel], problems: Sequence[Any]) -> list[Any]:

@@ -6,8 +6,6 @@ may not change an image; all the rest is in the fingerprint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -215,35 +213,6 @@ class Experiment(BaseOptions):
     images: ImagesSpec
     calibration: CalibrationSpec
 
-    def fingerprint(
-        self,
-        model_identity: Mapping[str, str],
-        batching: Mapping[str, int] | None = None,
-        versions: Mapping[str, int] | None = None,
-        *,
-        calibrated: bool = False,
-    ) -> str:
-        """Hex digest of what decides an image: not its name, the count or the execution.
-
-        Raising the count of images therefore keeps those already made. ``batching`` is given only
-        where a part lets images of a batch depend on each other; ``versions`` are those of the
-        efficiency methods and of callbacks that calibrate; ``calibrated`` says whether there are
-        such callbacks.
-        """
-        content = {
-            "model": {**self.model, "files": dict(model_identity)},
-            "sampler": self.sampler,
-            "efficiency": self.efficiency,
-            "callbacks": self.callbacks,
-            "seed": self.images.seed,
-            "calibration": self.calibration.identity() if self.efficiency or calibrated else None,
-        }
-        if batching is not None:
-            content["batching"] = dict(batching)
-        if versions:
-            content["versions"] = dict(versions)
-        return digest(content)
-
 
 class Row(Protocol):
     """A row of a study, planned or measured, as far as it tells which one is full precision."""
@@ -291,12 +260,6 @@ def free_name(name: str, taken: Collection[str]) -> str:
     numbered = (f"{name} (control {number})" for number in count(2))
     candidates = chain([name, f"{name} (control)"], numbered)
     return next(candidate for candidate in candidates if candidate not in taken)
-
-
-def digest(content: Any) -> str:
-    """Hex sha256 of a JSON value, independent of the order of keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Study:

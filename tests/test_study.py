@@ -1,4 +1,4 @@
-"""A study file: what it may say, how rows inherit, and what decides an image."""
+"""A study file: what it may say, and how rows inherit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from iec_eval.errors import ConfigError, IecEvalError, UnknownName
-from iec_eval.study import INHERITED, Study, digest, load
+from iec_eval.study import INHERITED, Study, load
 
 CACHE = {"name": "deepcache", "interval": 3}
 IEC = {"name": "iec"}
@@ -28,7 +28,6 @@ CONTENT: dict[str, Any] = {
     "calibration": {"seed": 1, "images": 16},
     "execution": {"batch_size": 4},
 }
-FILES = {"weights": "0123"}
 
 
 def study(tmp_path: Path, *overrides: str, **changes: Any) -> Study:
@@ -37,10 +36,6 @@ def study(tmp_path: Path, *overrides: str, **changes: Any) -> Study:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return load(str(path), overrides)
-
-
-def fingerprint(read: Study, row: int = 2, files: dict[str, str] = FILES) -> str:
-    return read.experiments()[row].fingerprint(files)
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -81,88 +76,6 @@ def test_controls_come_first(tmp_path: Path) -> None:
     assert rows[0].efficiency == rows[1].efficiency == []
     assert rows[0].callbacks == []
     assert [part["name"] for part in rows[1].callbacks] == ["iec"]
-
-
-# --- what decides an image --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model.path=other",
-        "model.guidance=2.0",
-        "sampler.steps=11",
-        "sampler.spacing=quad",
-        "variants.1.sampler.eta=0.25",
-        "variants.1.efficiency.0.interval=4",
-        "variants.2.callbacks.0.weights=[1.0]",
-        "images.seed=4",
-        "calibration.seed=2",
-        "calibration.images=17",
-    ],
-)
-def test_what_decides_an_image_is_in_the_fingerprint(tmp_path: Path, override: str) -> None:
-    base, changed = study(tmp_path), study(tmp_path, override)
-    rows = range(3) if override.startswith(("model", "images")) else [2]
-    if override == "sampler.steps=11":
-        rows = [0]  # the others have their own steps
-    for row in rows:
-        assert fingerprint(base, row) != fingerprint(changed, row)
-
-
-def test_the_models_files_and_the_order_of_parts_are_in_the_fingerprint(tmp_path: Path) -> None:
-    base = study(tmp_path)
-    assert fingerprint(base) != fingerprint(base, files={"weights": "0124"})
-    assert fingerprint(base) != fingerprint(base, files={"weights": "0123", "config": "9"})
-    parts = [IEC, {"name": "other"}]
-    one = study(tmp_path, variants=[{"name": "x", "callbacks": parts}])
-    other = study(tmp_path, variants=[{"name": "x", "callbacks": parts[::-1]}])
-    assert fingerprint(one, 0) != fingerprint(other, 0)
-    assert len({fingerprint(base, row) for row in range(3)}) == 3
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "images.count=200",
-        "study=renamed",
-        "variants.2.name=renamed",
-        "execution.batch_size=1",
-        "execution.chunk_size=1",
-        "execution.devices=2",
-        "execution.threads=3",
-        "execution.accelerator=cpu",
-        "metrics=[{name: is}]",
-        "paper={cached: {fid: 1.0}}",
-        "doubtful={cached: why}",
-        "controls=[]",
-    ],
-)
-def test_what_does_not_decide_an_image_is_not(tmp_path: Path, override: str) -> None:
-    base, changed = study(tmp_path), study(tmp_path, override)
-    for row in range(3):
-        assert fingerprint(base, row) == fingerprint(changed, row)
-
-
-def test_calibration_decides_no_image_of_a_row_without_methods(tmp_path: Path) -> None:
-    changed = study(tmp_path, "calibration.seed=2")
-    assert fingerprint(study(tmp_path), 0) == fingerprint(changed, 0)
-
-
-def test_inherited_and_spelled_out_are_the_same_row(tmp_path: Path) -> None:
-    spelled = {
-        "name": "anything",
-        "sampler": {"steps": 20, "eta": 0.5},
-        "efficiency": [dict(reversed(CACHE.items()))],
-        "callbacks": [IEC],
-    }
-    assert fingerprint(study(tmp_path, variants=[spelled]), 0) == fingerprint(study(tmp_path))
-
-
-def test_digests_ignore_the_order_of_keys_only() -> None:
-    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
-    different = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": [1]}, {"a": None}, {"b": 1}, [], [[]], ""]
-    assert len({digest(value) for value in different}) == len(different)
 
 
 # --- overrides --------------------------------------------------------------------------------
@@ -321,4 +234,3 @@ def test_the_resolved_study_reads_back_as_itself(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(read.model_dump(mode="json", exclude_defaults=True)))
     again = load(str(path))
     assert again == read
-    assert [fingerprint(again, row) for row in range(3)] == [fingerprint(read, r) for r in range(3)]

@@ -66,8 +66,8 @@ def _steps(where: Any, full: frozenset[int], total: int) -> frozenset[int]:
 
 
 def _callbacks(plan: Plan, where: Any) -> list[dict[str, Any]]:
-    """The row's callbacks, its correctors told where to correct, unless they do so already."""
-    told = {i for i, one in correctors(plan) if getattr(one.options, "where", None) != where}
+    """The row's callbacks, its correctors told where to correct."""
+    told = {i for i, _ in correctors(plan)}
     parts = plan.experiment.callbacks
     return [{**part, "where": where} if i in told else part for i, part in enumerate(parts)]
 

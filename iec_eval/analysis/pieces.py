@@ -11,8 +11,8 @@ from torch import Tensor
 
 from iec_eval import processes
 from iec_eval.errors import CorruptFile
+from iec_eval.fingerprints import digest
 from iec_eval.storage import read_sealed, write_json, write_sealed
-from iec_eval.study import digest
 
 VERSION = 1  # raise it when a piece would hold other numbers than before
 

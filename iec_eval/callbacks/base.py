@@ -24,7 +24,7 @@ class DenoisingCallback(Callback):
     It is a Lightning callback too, so it may also follow the run as a whole. Attributes:
 
         name: what studies call it.
-        version: raise it when :meth:`calibrate` would give other numbers than before.
+        version: raise it when the same options would give other images than before.
         breaks_with_clipping: whether its mathematics assume a sampler that does not clip.
     """
 

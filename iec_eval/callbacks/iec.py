@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -24,7 +24,7 @@ from iec_eval.clock import Clock
 from iec_eval.denoising import Step
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import MixedDraw
-from iec_eval.options import BaseOptions
+from iec_eval.options import NOT_DECISIVE, BaseOptions
 from iec_eval.samplers.base import Sampler
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -67,7 +67,7 @@ class Ends(BaseOptions):
             raise ValueError("wanted a fraction such as 1/10") from None
         if not 0 <= share <= 1:
             raise ValueError("wanted a share between 0 and 1")
-        return value
+        return str(share)
 
     @property
     def share(self) -> Fraction:
@@ -78,8 +78,8 @@ class Ends(BaseOptions):
 class IECOptions(BaseOptions):
     """Options of IEC; ``preset`` fills in what is not given."""
 
-    preset: Literal["paper", "official_ddim", "official_ldm", "heun"] = Field(
-        "paper", description="the settings to start from"
+    preset: Annotated[Literal["paper", "official_ddim", "official_ldm", "heun"], NOT_DECISIVE] = (
+        Field("paper", description="the settings to start from")
     )
     weights: list[float] = Field(
         [0.5], description="lambda of each correction; the length is K, [] corrects nothing"

@@ -32,7 +32,7 @@ class EfficiencyMethod(ABC):
 
     Attributes:
         name: what studies call it.
-        version: raise it when the same options would give other numbers than before.
+        version: raise it when the same options would give other images than before.
         slot: at most one method of a run may hold each slot; None holds none.
         simulated: True where the arithmetic that is saved on paper is still done in fact.
     """

@@ -23,6 +23,7 @@ class DiffusionModel(ABC):
     read by :meth:`load`. Attributes:
 
         name: what studies call it.
+        version: raise it when the same options and files would give other images than before.
         prediction: what the network predicts.
         shape: of one latent, ``(C, H, W)``.
         schedule: the forward process it was trained with.
@@ -31,6 +32,7 @@ class DiffusionModel(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseOptions]] = BaseOptions
+    version: ClassVar[int] = 1
     prediction: Prediction = "epsilon"
     shape: tuple[int, int, int]
     schedule: NoiseSchedule
@@ -54,7 +56,11 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """What makes this model this model: a hash for each of its files."""
+        """What makes this model this model: a hash for each of its files.
+
+        It decides images beside the options; those that only say where files are should be marked
+        NOT_DECISIVE, or a model that is moved is another.
+        """
 
     def missing(self) -> list[str]:
         """What must be had before the model can run, one line each; then it can still be shown."""

@@ -20,7 +20,7 @@ from iec_eval.denoising import Condition
 from iec_eval.errors import ConfigError, Incompatible, complaints
 from iec_eval.models.files import ModelFiles
 from iec_eval.models.lists import LabelList, read_labels, read_prompts, spread
-from iec_eval.options import BaseOptions
+from iec_eval.options import NOT_DECISIVE, BaseOptions
 from iec_eval.pretrained import (
     load_model,
     load_part,
@@ -55,7 +55,7 @@ class LabelOptions(GuidanceOptions):
     label: int | None = Field(
         None, ge=0, description="one class for every image; null: image i has class i mod classes"
     )
-    labels: str | None = Field(
+    labels: Annotated[str | None, NOT_DECISIVE] = Field(
         None, description="file of the images' classes, in order: lines of CLASS COUNT"
     )
 
@@ -221,7 +221,7 @@ class ClassEmbedding(Classes):
 class PromptOptions(GuidanceOptions):
     """How text-conditional models are told what to show."""
 
-    prompts: str | None = Field(
+    prompts: Annotated[str | None, NOT_DECISIVE] = Field(
         None, description="file of the images' prompts, in order, one a line"
     )
     prompt: str | None = Field(None, description="one prompt for every image")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from iec_eval.models.conditioning import Conditioner
 from iec_eval.models.files import SCHEDULER, Kind, ModelFiles, fetch_files
 from iec_eval.models.first_stage import FirstStage
 from iec_eval.networks import build_network, load_strictly
-from iec_eval.options import BaseOptions
+from iec_eval.options import NOT_DECISIVE, BaseOptions
 from iec_eval.schedule import NoiseSchedule
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -33,10 +33,10 @@ BETAS = ("beta_schedule", "beta_start", "beta_end")
 class FolderOptions(BaseOptions):
     """Where a model's files are."""
 
-    path: str = Field(
+    path: Annotated[str, NOT_DECISIVE] = Field(
         description="folder in diffusers' layout, or hub:owner/name[@revision] to download one"
     )
-    weights: Kind | None = Field(
+    weights: Annotated[Kind | None, NOT_DECISIVE] = Field(
         None, description="ema or raw: refuse a converted folder that holds the others"
     )
 

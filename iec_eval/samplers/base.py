@@ -43,6 +43,7 @@ class Sampler(ABC):
 
     Attributes:
         name: what studies call it.
+        version: raise it when the same options would give other images than before.
         predictions: the kinds of network output it understands.
         clips: whether its options make it clip the predicted image.
         uncorrectable: why refining its predictions makes no sense; empty: it does.
@@ -53,6 +54,7 @@ class Sampler(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseOptions]] = BaseOptions
+    version: ClassVar[int] = 1
     predictions: frozenset[str] = frozenset({"epsilon"})
     clips: bool = False
     uncorrectable: str = ""

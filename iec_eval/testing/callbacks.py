@@ -25,6 +25,7 @@ from iec_eval.testing.checks import (
     Options,
     build,
     check_declaration,
+    check_version,
     ensure,
     ensure_same,
     prefix,
@@ -86,6 +87,7 @@ class _CallbackCase:
 
     def declaration(self) -> None:
         check_declaration(self.cls)
+        check_version(self.cls)
 
     def calibration(self) -> None:
         def check(run: Run) -> None:

@@ -63,6 +63,15 @@ def check_declaration(cls: type[Any]) -> None:
     ensure(not silent, f"Options: {', '.join(silent)} have no description")
 
 
+def check_version(part: Any) -> None:
+    """``version`` can be raised."""
+    version = part.version
+    ensure(
+        type(version) is int and version >= 1,
+        f"version: wanted a whole number from 1, got {version!r}",
+    )
+
+
 def build(cls: type[Any], options: Options, *more: Any) -> Any:
     """An instance from its options, as the program builds it."""
     return cls(validated(cls.Options, options, cls.__name__), *more)

@@ -27,6 +27,7 @@ from iec_eval.testing.checks import (
     Options,
     build,
     check_declaration,
+    check_version,
     difference,
     ensure,
     ensure_same,
@@ -122,10 +123,7 @@ class _MethodCase:
                 part.slot in (None, "cacher", "quantizer"),
                 f"slot: wanted 'cacher', 'quantizer' or None, got {part.slot!r}",
             )
-            ensure(
-                type(part.version) is int and part.version >= 1,
-                f"version: wanted a whole number from 1, got {part.version!r}",
-            )
+            check_version(part)
         taken = [part.slot for part in parts if part.slot]
         ensure(len(set(taken)) == len(taken), f"its parts take one slot twice: {taken}")
 

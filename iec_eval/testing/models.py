@@ -19,6 +19,7 @@ from iec_eval.testing.checks import (
     Options,
     build,
     check_declaration,
+    check_version,
     ensure,
     run_checks,
     same,
@@ -57,6 +58,7 @@ class _ModelCase:
 
     def declaration(self) -> None:
         check_declaration(self.cls)
+        check_version(self.cls)
         model = self.model()
         ensure(
             model.prediction in PREDICTIONS,

@@ -23,6 +23,7 @@ from iec_eval.testing.checks import (
     Options,
     build,
     check_declaration,
+    check_version,
     ensure,
     ensure_same,
     run_checks,
@@ -70,6 +71,7 @@ class _SamplerCase:
 
     def declaration(self) -> None:
         check_declaration(self.cls)
+        check_version(self.cls)
         sampler = self.run().sampler
         kinds = sampler.predictions
         ensure(
