@@ -28,7 +28,7 @@ from iec_eval.clock import Clock
 from iec_eval.denoising import evaluator_of
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.fingerprints import digest, model_identity, row_fingerprint
+from iec_eval.fingerprints import digest, identity, model_identity, row_fingerprint
 from iec_eval.metrics.base import Metric, PairedMetric
 from iec_eval.models.base import DiffusionModel
 from iec_eval.options import BaseOptions, validated
@@ -220,7 +220,7 @@ def distinct_networks(plans: Iterable[Plan]) -> dict[str, Plan]:
 
 def network_key(plan: Plan) -> str:
     """Equal for rows of one study whose methods, and so whose networks, are the same."""
-    return digest([plan.experiment.efficiency, plan.experiment.sampler])
+    return digest([[identity(part) for part in plan.parts()], identity(plan.sampler)])
 
 
 def plan_metrics(
