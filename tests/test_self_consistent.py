@@ -12,6 +12,7 @@ from helpers import SCHEDULE, ConvNet, FixedNoise, build, ddim, packaged, run, t
 from torch import Tensor, nn
 
 from iec_eval.calibration import Bench
+from iec_eval.callbacks import self_consistent
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.look_ahead import LookAhead
 from iec_eval.callbacks.self_consistent import (
@@ -127,6 +128,31 @@ def test_what_does_not_help_images_it_has_not_seen_is_left_out() -> None:
     corrector = build(SelfConsistent, {"history": 0})
     found = corrector.calibrate(bench_on(TwoKinds(), ddim(steps=2), Clock(2), images=4))
     assert found["coefficients"].tolist() == [[1.0]] * 2
+
+
+class Rough(nn.Module):
+    """Predictions in coarse levels: what finer steps do otherwise is mostly chance."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.inner, self.levels = ConvNet(strength=2.0), levels
+
+    def forward(self, sample: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
+        return torch.round(self.levels * self.inner(sample, timestep, **inputs)) / self.levels
+
+
+def test_what_takes_less_than_half_of_the_distance_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def changes(levels: int) -> bool:
+        corrector = build(SelfConsistent)
+        bench = bench_on(Rough(levels), ddim(steps=10), Clock(10), images=16)
+        table = corrector.calibrate(bench)["coefficients"].tolist()
+        return table != [[1.0, 0.0]] * 10
+
+    assert (changes(levels=16), changes(levels=1)) == (True, False)
+    monkeypatch.setattr(self_consistent, "WHOLE_GAIN", 0.0)
+    assert changes(levels=1)  # it does take something off
 
 
 def test_evaluations_of_calibration() -> None:

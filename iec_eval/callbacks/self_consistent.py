@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LEAST = 4  # calibration images: three to fit, one to judge
 GAIN = 0.01  # share of the squared distance that a fit must take away on images it has not seen
+WHOLE_GAIN = 0.5  # the same of the whole table, for the finished samples
 ROUNDING = 1e-5  # of a sample's size: smaller distances to the teacher are none
 RIDGE = 1e-8  # of the mean squared size of the predictions' effects, towards no correction
 
@@ -58,13 +59,15 @@ class SelfConsistent(DenoisingCallback):
     """Combine the newest predictions so that a step goes where finer, uncached steps would.
 
     A step's combination is kept only if it takes 1 % or more off the squared distance to the
-    teacher on calibration images that did not fit it, and all of them only if on those images the
-    finished samples end nearer to the teacher's than without; else the prediction stays as it is,
-    to the bit. Works with samplers that follow the deterministic path of the forward process and
-    say so (``Sampler.levels``: ddim with eta 0, plms).
+    teacher on calibration images that did not fit it, and all of them only if they take half or
+    more of it off those images' finished samples; else the prediction stays as it is, to the bit.
+    What a few numbers leave most of is not what finer steps would do better. Works with samplers
+    that follow the deterministic path of the forward process and say so (``Sampler.levels``: ddim
+    with eta 0, plms).
     """
 
     name = "self-consistent"
+    version = 2  # 1: kept whatever brought the finished samples nearer to the teacher's
     Options = SelfConsistentOptions
     breaks_with_clipping = True
     options: SelfConsistentOptions
@@ -100,7 +103,7 @@ class SelfConsistent(DenoisingCallback):
         fit, plain = _Fit(grid, self.options.history, judges), _Final()
         for observer in (fit, plain):
             bench.run([observer], batch_size=images, images=images)
-        if fit.distance(fit.final) >= fit.distance(plain.final):
+        if fit.distance(fit.final) > (1 - WHOLE_GAIN) * fit.distance(plain.final):
             fit.table = [_nothing(self.options.history) for _ in fit.table]
         return {"coefficients": torch.tensor(fit.table, dtype=torch.float64)}
 
