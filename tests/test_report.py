@@ -537,6 +537,20 @@ def test_no_label_of_a_published_study_is_cut_off(
     assert cut == []
 
 
+def test_points_have_numbers_where_names_find_no_room() -> None:
+    def texts(name: str) -> set[str]:
+        crowd = [row(f"{name} {n}", 9.0 + n / 1000, 100.0) for n in range(6)]
+        svg = quality_plot(toy(*crowd, row("far away", 20.0, 200.0)))
+        assert svg is not None
+        assert f"<title>2. {name} 1: " in svg  # hovering tells the name
+        return set(re.findall(r">([^<>\n]+)</text>", svg))
+
+    short, long = texts("W"), texts("a name that is as long as the plot is wide, or nearly")
+    assert {"W 0", "W 5", "far away"} <= short
+    assert {str(number) for number in range(1, 8)} <= long
+    assert not any("name" in text for text in long)
+
+
 def test_a_label_that_stands_away_is_tied_to_its_point() -> None:
     def lines(rows: int) -> int:
         svg = quality_plot(toy(*(row(f"long name {n}", 9.0, 100 + n / 1000) for n in range(rows))))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from iec_eval.intervals import Interval
@@ -47,7 +48,7 @@ _CLEARANCE = 5.0  # pixels that a label keeps from points and arrows
 _OUTSIDE = 20.0  # how much worse it is for a label to be cut off than to cover something
 _NEAR = 14.0  # points: a label further from its point is tied to it by a line
 _ARROW_PARTS = 24  # places along an arrow that labels avoid
-_NAMED = 14  # points: more have numbers for names
+_NAMED = 14  # points: more have numbers for names, as have fewer where names find no room
 _DECADES = 10.0  # a larger ratio of best and worst needs a logarithmic axis
 
 
@@ -248,26 +249,50 @@ def figure_as_svg(figure: Figure) -> str:
 
 
 def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
-    """Put each label where it covers least of the points and of the labels before it."""
+    """Name every point, or number all of them where the names cannot be read."""
     axes = figure.axes[0]
+    if len(points) <= _NAMED:
+        labels = _labelled(axes, points, {point.number: point.name for point in points})
+        if _readable(axes, labels):
+            return
+        for label in labels:
+            label.remove()
+    _labelled(axes, points, {point.number: str(point.number) for point in points})
+
+
+def _labelled(axes: Axes, points: Sequence[Point], texts: Mapping[int, str]) -> list[Annotation]:
+    """Labels and their leaders, each where it covers least of the points and of those before it."""
     frame = axes.get_window_extent()
     taken = [_surroundings(axes, *place) for place in _occupied(points)]
+    drawn: list[Annotation] = []
     for point in sorted(points, key=lambda point: (point.cost, point.quality)):
         where = (point.cost, point.quality)
-        text = str(point.number) if len(points) > _NAMED else point.name
-        label = axes.annotate(text, where, (0, 0), textcoords="offset points", fontsize=9.5)
+        label = axes.annotate(
+            texts[point.number], where, (0, 0), textcoords="offset points", fontsize=9.5
+        )
         label.set_in_layout(False)  # or the axes would move once it is placed
         best = min(_PLACES, key=lambda place: _overlap(_move(label, place), taken, frame))
         taken.append(_move(label, best))
+        drawn.append(label)
         if math.hypot(*best[:2]) > _NEAR:
-            _draw_leader(axes, where, best)
+            drawn.append(_leader(axes, where, best))
+    return drawn
 
 
-def _draw_leader(axes: Axes, point: tuple[float, float], place: _Place) -> None:
+def _readable(axes: Axes, labels: Sequence[Annotation]) -> bool:
+    """Whether no label is cut off, and none covers another."""
+    frame = axes.get_window_extent()
+    boxes = [label.get_window_extent() for label in labels if label.get_text()]
+    inside = all(_common(box, frame) > 0.999 * box.width * box.height for box in boxes)
+    return inside and not any(_common(one, other) for one, other in combinations(boxes, 2))
+
+
+def _leader(axes: Axes, point: tuple[float, float], place: _Place) -> Annotation:
     """A thin line from a point to its label, which stands away from it."""
     line = {"arrowstyle": "-", "color": INK, "alpha": 0.5, "linewidth": 0.7, "shrinkA": 0}
     leader = axes.annotate("", point, place[:2], textcoords="offset points", arrowprops=line)
     leader.set_in_layout(False)
+    return leader
 
 
 _Place = tuple[float, float, str, str]
