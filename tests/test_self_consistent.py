@@ -130,29 +130,18 @@ def test_what_does_not_help_images_it_has_not_seen_is_left_out() -> None:
     assert found["coefficients"].tolist() == [[1.0]] * 2
 
 
-class Rough(nn.Module):
-    """Predictions in coarse levels: what finer steps do otherwise is mostly chance."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.inner, self.levels = ConvNet(strength=2.0), levels
-
-    def forward(self, sample: Tensor, timestep: Tensor, **inputs: Tensor) -> Tensor:
-        return torch.round(self.levels * self.inner(sample, timestep, **inputs)) / self.levels
-
-
-def test_what_takes_less_than_half_of_the_distance_is_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def changes(levels: int) -> bool:
+def test_a_run_that_is_near_to_its_teacher_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes(strength: float, near: float) -> bool:
+        monkeypatch.setattr(self_consistent, "NEAR", near)
         corrector = build(SelfConsistent)
-        bench = bench_on(Rough(levels), ddim(steps=10), Clock(10), images=16)
+        bench = bench_on(ConvNet(strength=strength), ddim(steps=10), Clock(10), images=16)
         table = corrector.calibrate(bench)["coefficients"].tolist()
         return table != [[1.0, 0.0]] * 10
 
-    assert (changes(levels=16), changes(levels=1)) == (True, False)
-    monkeypatch.setattr(self_consistent, "WHOLE_GAIN", 0.0)
-    assert changes(levels=1)  # it does take something off
+    near, weak, strong = self_consistent.NEAR, 0.01, 2.0
+    assert (changes(weak, near), changes(strong, near)) == (False, True)
+    assert changes(weak, near=0.0)  # there is something to take off
+    assert not changes(strong, near=10.0)
 
 
 def test_evaluations_of_calibration() -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LEAST = 4  # calibration images: three to fit, one to judge
 GAIN = 0.01  # share of the squared distance that a fit must take away on images it has not seen
-WHOLE_GAIN = 0.5  # the same of the whole table, for the finished samples
+NEAR = 0.02  # of the finished samples' size: a run so near to its teacher is left alone
 ROUNDING = 1e-5  # of a sample's size: smaller distances to the teacher are none
 RIDGE = 1e-8  # of the mean squared size of the predictions' effects, towards no correction
 
@@ -59,15 +59,16 @@ class SelfConsistent(DenoisingCallback):
     """Combine the newest predictions so that a step goes where finer, uncached steps would.
 
     A step's combination is kept only if it takes 1 % or more off the squared distance to the
-    teacher on calibration images that did not fit it, and all of them only if they take half or
-    more of it off those images' finished samples; else the prediction stays as it is, to the bit.
-    What a few numbers leave most of is not what finer steps would do better. Works with samplers
-    that follow the deterministic path of the forward process and say so (``Sampler.levels``: ddim
-    with eta 0, plms).
+    teacher on calibration images that did not fit it, and all of them only if on those images the
+    finished samples end nearer to the teacher's than without, and without are 2 % of their size or
+    more away from it; else the prediction stays as it is, to the bit. What finer steps change less
+    than that is no reason to follow the network's own errors. Works with samplers that follow the
+    deterministic path of the forward process and say so (``Sampler.levels``: ddim with eta 0,
+    plms).
     """
 
     name = "self-consistent"
-    version = 2  # 1: kept whatever brought the finished samples nearer to the teacher's
+    version = 2  # 1: knew no distance that is too small
     Options = SelfConsistentOptions
     breaks_with_clipping = True
     options: SelfConsistentOptions
@@ -103,7 +104,7 @@ class SelfConsistent(DenoisingCallback):
         fit, plain = _Fit(grid, self.options.history, judges), _Final()
         for observer in (fit, plain):
             bench.run([observer], batch_size=images, images=images)
-        if fit.distance(fit.final) > (1 - WHOLE_GAIN) * fit.distance(plain.final):
+        if not _worthwhile(fit, plain.final):
             fit.table = [_nothing(self.options.history) for _ in fit.table]
         return {"coefficients": torch.tensor(fit.table, dtype=torch.float64)}
 
@@ -114,6 +115,12 @@ class SelfConsistent(DenoisingCallback):
         if self._table is None:
             return prediction
         return combined(self._recent.add(step, prediction), self._table[step.index])
+
+
+def _worthwhile(fit: _Fit, plain: Tensor) -> bool:
+    """Whether there is a distance to the teacher to speak of, and the student has less of it."""
+    without = fit.distance(plain)
+    return fit.distance(fit.final) < without and without >= NEAR**2 * fit.size()
 
 
 class _Recent:
@@ -228,6 +235,10 @@ class _Fit(DenoisingCallback):
         """Squared distance of samples to the teacher's, on the images that judge."""
         apart = (samples - self._teacher)[-self._judges :]
         return float(apart.double().square().sum())
+
+    def size(self) -> float:
+        """Squared size of the teacher's samples, on the images that judge."""
+        return float(self._teacher[-self._judges :].double().square().sum())
 
     def _fitted(self, step: Step, predictions: list[Tensor]) -> list[float]:
         """The best coefficients, or those that change nothing."""
