@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from itertools import combinations
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from iec_eval.intervals import Interval
@@ -252,24 +253,24 @@ def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
     """Name every point, or number all of them where the names cannot be read."""
     axes = figure.axes[0]
     if len(points) <= _NAMED:
-        labels = _labelled(axes, points, {point.number: point.name for point in points})
+        labels = _labelled(axes, points, attrgetter("name"))
         if _readable(axes, labels):
             return
         for label in labels:
             label.remove()
-    _labelled(axes, points, {point.number: str(point.number) for point in points})
+    _labelled(axes, points, lambda point: str(point.number))
 
 
-def _labelled(axes: Axes, points: Sequence[Point], texts: Mapping[int, str]) -> list[Annotation]:
+def _labelled(
+    axes: Axes, points: Sequence[Point], text: Callable[[Point], str]
+) -> list[Annotation]:
     """Labels and their leaders, each where it covers least of the points and of those before it."""
     frame = axes.get_window_extent()
     taken = [_surroundings(axes, *place) for place in _occupied(points)]
     drawn: list[Annotation] = []
     for point in sorted(points, key=lambda point: (point.cost, point.quality)):
         where = (point.cost, point.quality)
-        label = axes.annotate(
-            texts[point.number], where, (0, 0), textcoords="offset points", fontsize=9.5
-        )
+        label = axes.annotate(text(point), where, (0, 0), textcoords="offset points", fontsize=9.5)
         label.set_in_layout(False)  # or the axes would move once it is placed
         best = min(_PLACES, key=lambda place: _overlap(_move(label, place), taken, frame))
         taken.append(_move(label, best))
