@@ -183,6 +183,31 @@ def plan_rows(planner: Planner, rows: Iterable[Experiment]) -> list[Plan]:
     return plans
 
 
+def own_plans(study: Study, planner: Planner) -> tuple[list[Plan], dict[str, str]]:
+    """Plans for a study's own rows, and why others cannot be had, by name.
+
+    Without a list of controls, one that the study has as a row of its own is left out, and so is a
+    corrected one that a part refuses.
+
+    Raises UnknownName, ConfigError or Incompatible, saying in which row.
+    """
+    rows = study.experiments()
+    named = plan_rows(planner, [row for row in rows if not row.control])
+    there = {plan.fingerprint for plan in named}
+    controls, refused = list[Plan](), dict[str, str]()
+    for row in (row for row in rows if row.control):
+        try:
+            plan = planner.plan(row)
+        except ConfigError as error:
+            if study.controls is not None or not row.callbacks:
+                raise
+            refused[row.name] = str(error)
+            continue
+        if study.controls is not None or plan.fingerprint not in there:
+            controls.append(plan)
+    return [*controls, *named], refused
+
+
 def plan_like(plan: Plan, registry: Registry, **changes: Any) -> Plan:
     """The plan of the same row with other ``efficiency``, ``callbacks`` or ``images``, say.
 
@@ -199,7 +224,8 @@ def plan_study(study: Study, registry: Registry, lacking: list[str] | None = Non
 
     Raises UnknownName, ConfigError or Incompatible, saying in which row.
     """
-    return plan_rows(planner(study, registry, lacking), study.experiments())
+    plans, _ = own_plans(study, planner(study, registry, lacking))
+    return plans
 
 
 def _model(registry: Registry, part: Part, *, download: bool) -> DiffusionModel:
@@ -224,10 +250,7 @@ def network_key(plan: Plan) -> str:
 
 
 def plan_metrics(
-    study: Study,
-    registry: Registry,
-    model: DiffusionModel,
-    lacking: list[str] | None = None,
+    study: Study, registry: Registry, plans: Sequence[Plan], lacking: list[str] | None = None
 ) -> list[Metric]:
     """The study's metrics, prepared for its model's images, their number and the rows there are.
 
@@ -235,11 +258,12 @@ def plan_metrics(
 
     Raises UnknownName, ConfigError, Incompatible or CorruptFile for a metric that cannot be had.
     """
+    model = plans[0].model
     metrics: list[Metric] = []
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
         if isinstance(metric, PairedMetric):
-            metric.reference_row = _reference_row(study, metric.name)
+            metric.reference_row = _reference_row(plans, study, metric.name)
         _prepare(metric, study.images.count, model, lacking)
         if metric.network is not None:
             metric.network.check(model.image_shape)
@@ -257,8 +281,8 @@ def _prepare(metric: Metric, count: int, model: DiffusionModel, lacking: list[st
     metric.prepare(count)
 
 
-def _reference_row(study: Study, metric: str) -> str:
-    row = full_precision(study.experiments())
+def _reference_row(plans: Iterable[Plan], study: Study, metric: str) -> str:
+    row = full_precision(plan.experiment for plan in plans)
     if row is None:
         raise Incompatible(
             f"{metric}: compares rows with the full-precision one, but study {study.study!r} has "

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-from iec_eval.assembly import Plan, Planner, check_fit, plan_rows, planner
+from iec_eval.assembly import Plan, Planner, check_fit, own_plans, planner
 from iec_eval.cost import evaluation_cost
-from iec_eval.errors import ConfigError, complaints
+from iec_eval.errors import ConfigError
 from iec_eval.fingerprints import identity
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
@@ -49,28 +48,16 @@ def plan_with_controls(
     had is no error: the row that lacks it says so.
     """
     with_parts = planner(study, registry, lacking)
-    rows, refused = _possible(study, with_parts)
-    table = _Table(with_parts, [_Row(plan) for plan in plan_rows(with_parts, rows)])
-    table.own[0].lacks.extend(refused)
+    plans, refused = own_plans(study, with_parts)
+    table = _Table(with_parts, [_Row(plan) for plan in plans])
+    table.own[0].lacks.extend(f"the control {complaint}" for complaint in refused.values())
+    study.check_remarks([*(row.name for row in table.own), *refused])
     wanted = study.wanted_controls()
     if "full-precision" in wanted:
         table.compare_with_full_precision()
     for row in table.own:
         table.add_controls(row, wanted)
     return [row.planned() for row in table.rows()]
-
-
-def _possible(study: Study, planner: Planner) -> tuple[list[Experiment], list[str]]:
-    """The rows of a study without corrected controls that nobody has listed and a part refuses."""
-    rows, refused = list[Experiment](), list[str]()
-    for row in study.experiments():
-        if study.controls is None and row.control and row.callbacks:
-            found = complaints(partial(planner.plan, row))
-            refused += [f"the control {complaint}" for complaint in found]
-            if found:
-                continue
-        rows.append(row)
-    return rows, refused
 
 
 @dataclass

@@ -67,7 +67,7 @@ def prepare(
         for plan in plans
         for images in study.images.each()
     ]
-    metrics = plan_metrics(study, registry, plans[0].model, lacking)
+    metrics = plan_metrics(study, registry, plans, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     keep = study.execution.keep_images
     wanted = [] if lacking else networks(metrics)  # which must have their weights

@@ -105,9 +105,7 @@ class Variant(BaseOptions):
 
 FULL_PRECISION = {
     "full-precision": Variant(name="full precision"),
-    "full-precision+iec": Variant(
-        name="full precision + IEC", callbacks=[{"name": "iec", "preset": "paper"}]
-    ),
+    "full-precision+iec": Variant(name="full precision + IEC", callbacks=[{"name": "iec"}]),
 }
 
 
@@ -135,17 +133,16 @@ class Study(BaseOptions):
     def experiments(self) -> list[Experiment]:
         """The rows that the study names and the full-precision controls, those first.
 
-        Rivals of these rows, the other controls, are known only when costs are: see ``controls``.
+        Without a list of controls those are named here of which the study has perhaps a row of its
+        own: ``controls`` leaves them out, and knows the rivals of all rows, the other controls.
 
-        Raises ConfigError for doubled names, an unknown ``extends`` or an empty study, UnknownName
-        if ``paper`` or ``doubtful`` names no row.
+        Raises ConfigError for doubled names, an unknown ``extends`` or an empty study.
         """
         named = self._named_rows()
         rows = [*self._full_precision_controls(named), *named]
         if not rows:
             raise ConfigError(f"study {self.study!r}: no variants and no controls, nothing to do")
         _refuse_doubles(row.name for row in rows)
-        self._check_remarks([row.name for row in rows])
         return rows
 
     def wanted_controls(self) -> list[Control]:
@@ -156,6 +153,13 @@ class Study(BaseOptions):
         """What the study says of a row besides how to make it: the paper's numbers, the doubt."""
         return {"paper": self.paper.get(row), "doubt": self.doubtful.get(row)}
 
+    def check_remarks(self, names: Collection[str]) -> None:
+        """Raises UnknownName if ``paper`` or ``doubtful`` names a row that is none of these."""
+        for key, remarks in (("paper", self.paper), ("doubtful", self.doubtful)):
+            unknown = sorted(remarks.keys() - set(names))
+            if unknown:
+                raise UnknownName(f"variant in {key}:", unknown[0], names)
+
     def _named_rows(self) -> list[Experiment]:
         known: dict[str, Variant] = {}
         for variant in self.variants:
@@ -164,23 +168,16 @@ class Study(BaseOptions):
         return [self._experiment(variant, control=False) for variant in known.values()]
 
     def _full_precision_controls(self, named: Sequence[Experiment]) -> list[Experiment]:
-        """As listed; without a list those of use that the study has not named itself."""
+        """As listed; without a list those of use, under names that the study leaves free."""
         made = {
             key: self._experiment(variant, control=True) for key, variant in FULL_PRECISION.items()
         }
         if self.controls is not None:
             return [row for key, row in made.items() for name in self.controls if name == key]
-        corrects = any(_is_iec(part) for row in named for part in row.callbacks)
+        corrects = any(part.get("name") == "iec" for row in named for part in row.callbacks)
         useful = [row for row in made.values() if corrects or not row.callbacks]
-        lacking = [row for row in useful if not any(_same_settings(row, own) for own in named)]
         taken = {row.name for row in named}
-        return [row.model_copy(update={"name": free_name(row.name, taken)}) for row in lacking]
-
-    def _check_remarks(self, names: Sequence[str]) -> None:
-        for key, remarks in (("paper", self.paper), ("doubtful", self.doubtful)):
-            unknown = sorted(remarks.keys() - set(names))
-            if unknown:
-                raise UnknownName(f"variant in {key}:", unknown[0], names)
+        return [row.model_copy(update={"name": free_name(row.name, taken)}) for row in useful]
 
     def _experiment(self, variant: Variant, *, control: bool) -> Experiment:
         return Experiment(
@@ -326,22 +323,6 @@ def _position(target: Any, key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(target):
         raise ConfigError(f"override {override!r}: {key!r} is not one of 0..{len(target) - 1}")
     return int(key)
-
-
-def _is_iec(part: Part) -> bool:
-    return part.get("name") == "iec"
-
-
-def _same_settings(row: Experiment, other: Experiment) -> bool:
-    """Whether two rows of a study make the same images, as far as the study's own words tell."""
-    keys = ("sampler", "efficiency")
-    return all(getattr(row, key) == getattr(other, key) for key in keys) and (
-        _spelled_out(row.callbacks) == _spelled_out(other.callbacks)
-    )
-
-
-def _spelled_out(callbacks: Iterable[Part]) -> list[Part]:
-    return [{"preset": "paper", **part} if _is_iec(part) else part for part in callbacks]
 
 
 def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:

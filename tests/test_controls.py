@@ -18,7 +18,7 @@ from iec_eval.assembly import Plan
 from iec_eval.callbacks.iec import IECOptions
 from iec_eval.controls import plan_with_controls
 from iec_eval.cost import evaluation_cost, expected_evaluations
-from iec_eval.errors import Incompatible
+from iec_eval.errors import Incompatible, UnknownName
 from iec_eval.plugins import load_registry
 from iec_eval.results import read_results
 from iec_eval.storage import read_sealed
@@ -511,6 +511,22 @@ def test_without_a_list_only_what_applies_is_added(plans: Plans) -> None:
     assert not {"full precision", "full precision + IEC"} & {*added(plans(own))}
     twice = [{"name": "cached", "efficiency": [CACHE], "callbacks": [{"name": "twice"}]}]
     assert "full precision + IEC" not in added(plans(twice))
+
+
+def test_a_row_of_the_study_is_full_precision_however_it_is_written(plans: Plans) -> None:
+    """Defaults spelled out; what the study says of rows is said of those that are there."""
+    same = {"preset": "paper", "where": "full"}
+    own = [
+        {"name": "mine", "sampler": {"eta": 0.0}},
+        {"name": "my IEC", "callbacks": [{"name": "iec", **same}]},
+    ]
+    assert not {"full precision", "full precision + IEC"} & {*added(plans(own))}
+    other = [own[0], {"name": "my IEC", "callbacks": [{"name": "iec", "where": "first"}]}]
+    assert added(plans(other))[0] == "full precision + IEC"
+    said = {"paper": {"full precision": {"fid": 4.0}}}
+    assert plans(pair("cached"), **said)
+    with pytest.raises(UnknownName, match="variant in paper: 'full precision'"):
+        plans(own, **said)
 
 
 def test_full_precision_is_none_of_the_rivals(plans: Plans) -> None:

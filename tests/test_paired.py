@@ -18,7 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from iec_eval.assembly import plan_metrics
+from iec_eval.assembly import plan_metrics, plan_study
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.evaluation import evaluate
 from iec_eval.metrics import lpips
@@ -322,7 +322,8 @@ def test_added_control_is_the_row_compared_with(
     make_run(**changes)
     session = prepare(str(tmp_path / "study.yaml"), [], tmp_path / "out")
     assert session.metrics[-1].protocol()["reference"] == "full precision"
-    assert full_precision(session.study.experiments()[1:]).name == "plain"  # type: ignore[union-attr]
+    rows = [job.plan.experiment for job in session.jobs]
+    assert full_precision(rows[1:]).name == "plain"  # type: ignore[union-attr]
     assert full_precision([]) is None
 
 
@@ -407,6 +408,7 @@ def test_the_packaged_model_from_the_command_line(
 
 def test_planned_metrics_are_told_their_model(toy: Toy, write_study: Any, tmp_path: Path) -> None:
     study = load(str(write_study(tmp_path, metrics=PAIRED)))
-    (metric,) = plan_metrics(study, load_registry(), of_shape(1, 8, 8))
+    registry = load_registry()
+    (metric,) = plan_metrics(study, registry, plan_study(study, registry))
     assert isinstance(metric, PSNR)
     assert metric.reference_row == "full precision"

@@ -322,7 +322,7 @@ def test_every_study_assembles(path: Path) -> None:
     registry = load_registry()
     study = load(str(path))
     plans = plan_with_controls(study, registry)
-    assert plan_metrics(study, registry, plans[0].model)
+    assert plan_metrics(study, registry, plans)
     assert len({plan.fingerprint for plan in plans}) == len(plans)
 
 

@@ -164,10 +164,13 @@ def test_unknown_variants_are_named_with_the_nearest(tmp_path: Path) -> None:
     stray = [{"name": "cached"}, {"name": "x", "extends": "cachd"}]
     with pytest.raises(UnknownName, match="'x' extends: 'cachd'; did you mean 'cached'"):
         study(tmp_path, variants=stray).experiments()
-    with pytest.raises(UnknownName, match="'cachd'; did you mean 'cached'"):
-        study(tmp_path, paper={"cachd": {"fid": 1.0}}).experiments()
+    read = study(tmp_path, paper={"cachd": {"fid": 1.0}})
+    with pytest.raises(UnknownName, match="variant in paper: 'cachd'; did you mean 'cached'"):
+        read.check_remarks(["plain", "cached"])
+    read = study(tmp_path, doubtful={"cachd": "why"})
     with pytest.raises(UnknownName, match="variant in doubtful: 'cachd'; did you mean 'cached'"):
-        study(tmp_path, doubtful={"cachd": "why"}).experiments()
+        read.check_remarks(["plain", "cached"])
+    read.check_remarks(["cachd"])
 
 
 def test_a_doubt_has_a_reason(tmp_path: Path) -> None:
