@@ -263,7 +263,11 @@ def plan_metrics(
     for position, part in enumerate(study.metrics):
         metric = build(registry, "metric", part, f"metrics[{position}]")
         if isinstance(metric, PairedMetric):
-            metric.reference_row = _reference_row(plans, study, metric.name)
+            reference = _reference(plans, study, metric.name)
+            metric.reference_row = reference.experiment.name
+            metric.reference_digest = digest(
+                [model_identity(model, reference.identity), identity(reference.sampler)]
+            )
         _prepare(metric, study.images.count, model, lacking)
         if metric.network is not None:
             metric.network.check(model.image_shape)
@@ -281,14 +285,15 @@ def _prepare(metric: Metric, count: int, model: DiffusionModel, lacking: list[st
     metric.prepare(count)
 
 
-def _reference_row(plans: Iterable[Plan], study: Study, metric: str) -> str:
-    row = full_precision(plan.experiment for plan in plans)
+def _reference(plans: Iterable[Plan], study: Study, metric: str) -> Plan:
+    rows = {plan.experiment.name: plan for plan in plans}
+    row = full_precision(plan.experiment for plan in rows.values())
     if row is None:
         raise Incompatible(
             f"{metric}: compares rows with the full-precision one, but study {study.study!r} has "
             "no row without efficiency methods and callbacks; add controls: [full-precision]"
         )
-    return row.name
+    return rows[row.name]
 
 
 def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> Any:

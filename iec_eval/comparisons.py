@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from iec_eval.intervals import LEVEL, Estimate, Estimates, simultaneous
+from iec_eval.intervals import Estimate, Estimates, simultaneous
 from iec_eval.report.wording import higher_is_better, judgement
 from iec_eval.results import (
     Comparison,
@@ -21,8 +22,8 @@ def with_comparisons(results: Results, estimates: Estimates) -> Results:
 
     ``estimates`` are those the rows were scored with. A row is compared with every row that names
     it in its ``judge_of``, and with its base (:func:`inferred_bases`), in every metric that both
-    have. Intervals against equal-cost rivals hold for all of a row's equal-cost rivals together, so
-    that the strongest may be picked by looking at them.
+    have. Intervals against several rows of one relation, rivals of equal cost say, hold for all of
+    them together, so that the strongest may be picked by looking at them.
     """
     judges = judges_of(results)
     variants = [
@@ -71,9 +72,9 @@ def _comparisons(
 ) -> Iterator[Comparison]:
     rows = {other.name: other for other in results.variants}
     finished = {n: r for n, r in judges.items() if {row.status, rows[n].status} == {"done"}}
-    rivals = sum(relation == "equal-cost" for relation in finished.values())
+    counts = Counter(finished.values())
     for versus, relation in finished.items():
-        level = simultaneous(rivals) if relation == "equal-cost" else LEVEL
+        level = simultaneous(counts[relation])
         for metric in row.metrics:
             gap = _difference(estimates, metric, row.name, versus)
             if gap is not None:
@@ -84,6 +85,7 @@ def _comparisons(
                     metric=metric,
                     value=gap.value,
                     ci95=interval,
+                    level=None if interval is None else level,
                     judgement=judgement(interval, higher_is_better(metric, results)),
                 )
 

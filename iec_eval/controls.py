@@ -9,7 +9,7 @@ not made twice: it is told whom it judges. The full-precision controls are ``stu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from iec_eval.assembly import Plan, Planner, check_fit, own_plans, planner
@@ -34,6 +34,12 @@ from iec_eval.study import (
     free_name,
     full_precision,
 )
+
+_KINDS: Mapping[Relation, str] = {
+    "equal-cost": "equal-cost rival",
+    "zero-cost": "zero-cost rival",
+    "half": "half",
+}
 
 
 def plan_with_controls(
@@ -119,6 +125,8 @@ class _Table:
         name = known.name if known else row.name
         corrected = self._corrected(row, base.model_copy(update={"name": name}))
         if corrected is None:
+            if "equal-cost" in wanted:
+                self._judge(row, "base", base)  # which costs as much, as far as is known
             return
         rivals = [
             *(equal_cost(corrected) if "equal-cost" in wanted else []),
@@ -129,10 +137,10 @@ class _Table:
         for rival in rivals:
             try:
                 found = self._judge(row, rival.relation, rival.make())
-                if plain and found and found.plan.callbacks:
+                if plain and found and found is not plain:
                     plain.judge_of.setdefault(found.name, "base")
             except Exception as error:  # nobody has asked for this row: a part may refuse it
-                row.lacks.append(f"{rival.name}: {error}")
+                row.lacks.append(f"{_KINDS[rival.relation]} {rival.name}: {error}")
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.
@@ -144,7 +152,7 @@ class _Table:
             cost = evaluation_cost(plain)
             target = expected_macs(plan, cost)
         except Exception as error:  # a callback that cannot be counted can still be run
-            row.lacks.append(f"all rivals: what the row costs cannot be counted: {error}")
+            row.lacks.append(f"equal-cost rivals: what the row costs cannot be counted: {error}")
             return None
         corrected = Corrected(self.planner, plan, plain, cost, target)
         return corrected if target > corrected.macs(plain) else None

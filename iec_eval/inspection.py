@@ -21,7 +21,7 @@ from iec_eval.slurm import Missing
 from iec_eval.study import Relation, Study
 
 RELATIONS: Mapping[Relation, str] = {
-    "base": "without the callbacks of",
+    "base": "base of",
     "equal-cost": "equal-cost rival of",
     "zero-cost": "zero-cost rival of",
     "half": "half of",

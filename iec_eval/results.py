@@ -52,12 +52,14 @@ class Delta(_Part):
 class Comparison(_Part):
     """A row against another: what their difference is and whether it is more than noise.
 
-    ``relation`` says what the row ``versus`` is to this one: ``base``, the same without callbacks;
+    ``relation`` says what the row ``versus`` is to this one: ``base``, the row it starts from,
+    which is the same without callbacks or, of a control, with fewer steps or a larger interval;
     ``equal-cost``, the same method given the same multiply-accumulates otherwise; ``zero-cost``, a
     callback that takes no evaluation; ``half``, a part of what the callback does; ``stacking``,
     the parts of a composite method put one on the other. ``value`` is this row's ``metric`` minus
-    the other's over the same image indices. ``judgement`` is None where the metric has no better
-    direction or there is no interval.
+    the other's over the same image indices. ``ci95`` holds with 95 % confidence for all rows of
+    this relation together; ``level`` is that of the one interval, None where it is not known.
+    ``judgement`` is None where the metric has no better direction or there is no interval.
     """
 
     versus: str
@@ -65,6 +67,7 @@ class Comparison(_Part):
     metric: str
     value: float
     ci95: Interval | None = None
+    level: float | None = Field(None, gt=0, lt=1)
     judgement: Judgement | None = None
 
 

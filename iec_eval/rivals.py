@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from iec_eval.assembly import Plan, Planner
-from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.cost import EvaluationCost, expected_evaluations, interval
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import Incompatible
@@ -21,6 +21,10 @@ ZERO_COST = {
     "time-shift": "time shift",
     "scale-matched": "scale-matched",
     "self-consistent": "self-consistent",
+}
+HALVES: Mapping[str, Part] = {
+    "refresh only": {"correct": False},
+    "correction only": {"refresh_cache": False},
 }
 
 
@@ -43,10 +47,9 @@ class Corrected:
         return self.plan.experiment.name
 
     @property
-    def iec(self) -> tuple[int, DenoisingCallback] | None:
-        """The place of IEC among the callbacks, and IEC itself; None without."""
-        named = [(i, one) for i, one in enumerate(self.plan.callbacks) if one.name == "iec"]
-        return named[0] if named else None
+    def iec(self) -> dict[int, Any]:
+        """The options of each IEC among the callbacks, by its place; one may follow another."""
+        return {i: one.options for i, one in enumerate(self.plan.callbacks) if one.name == "iec"}
 
     @property
     def cached(self) -> bool:
@@ -65,11 +68,12 @@ class Corrected:
         """A control made of the base, with some of its settings changed."""
         return control(self.base.experiment, f"{self.base.experiment.name}: {label}", **changes)
 
-    def with_iec(self, label: str, part: Part) -> Experiment:
-        """A control made of the row, with another part in the place of IEC."""
-        place, _ = self.iec or (0, None)
-        callbacks = list(self.plan.experiment.callbacks)
-        callbacks[place] = part
+    def with_iec(self, label: str, changed: Callable[[Part], Part]) -> Experiment:
+        """A control made of the row, with each IEC replaced by what ``changed`` makes of it."""
+        callbacks = [
+            changed(part) if place in self.iec else part
+            for place, part in enumerate(self.plan.experiment.callbacks)
+        ]
         return control(self.plan.experiment, f"{self.name}: {label}", callbacks=callbacks)
 
 
@@ -89,10 +93,7 @@ def equal_cost(row: Corrected) -> list[Rival]:
     rivals = [Rival("more steps", "equal-cost", lambda: more_steps(row))]
     if any(interval(method) is not None for method in row.base.methods):
         rivals.append(Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
-    options: Any = row.iec[1].options if row.iec else None
-    if options and len(options.weights) == 1:
-        rivals.append(Rival("Heun", "equal-cost", lambda: _heun(row)))
-    return rivals
+    return [*rivals, Rival("Heun", "equal-cost", lambda: _heun(row))]
 
 
 def more_steps(row: Corrected) -> Experiment:
@@ -172,24 +173,31 @@ def smaller_interval(row: Corrected) -> Experiment:
 def _heun(row: Corrected) -> Experiment:
     """Heun's steps where the row corrects; the last step of all has no second evaluation.
 
-    Raises Incompatible if that leaves more than this one evaluation unspent.
+    Raises Incompatible if that leaves more than this one evaluation unspent, or where it is not
+    known that the row takes one more evaluation a step.
     """
-    place, _ = row.iec or (0, None)
-    given = row.plan.experiment.callbacks[place]
-    kept: Part = {key: given[key] for key in ("where", "allow_clipping") if key in given}
-    experiment = row.with_iec("Heun", {"name": "iec", "preset": "heun", **kept})
+    if not row.iec:
+        raise Incompatible("only IEC says which steps it corrects")
+    if any(len(options.weights) != 1 for options in row.iec.values()):
+        raise Incompatible("it costs as much as one correction a step, not as several")
+    experiment = row.with_iec("Heun", _heun_there)
     macs = row.macs(row.planner.plan(experiment))
     if macs <= row.macs(row.base) or macs < (1 - TOLERANCE) * row.target - row.cost.macs(1, 0):
         raise Incompatible("it evaluates too little: the last step has no second evaluation")
     return experiment
 
 
+def _heun_there(given: Part) -> Part:
+    kept: Part = {key: given[key] for key in ("where", "allow_clipping") if key in given}
+    return {"name": "iec", "preset": "heun", **kept}
+
+
 def zero_cost(row: Corrected) -> list[Rival]:
     """The registered ones, for a row that IEC corrects."""
-    if row.iec is None:
+    if not row.iec:
         return []
-    given = row.plan.experiment.callbacks[row.iec[0]]
-    more: Mapping[str, Part] = {"scale-matched": {"of": given}}
+    given = [row.plan.experiment.callbacks[place] for place in row.iec]
+    more: Mapping[str, Part] = {"scale-matched": {"of": given if len(given) > 1 else given[0]}}
     parts = {name: {"name": name, **more.get(name, {})} for name in ZERO_COST}
     known = row.planner.registry.names("callback")
     return [
@@ -201,17 +209,18 @@ def zero_cost(row: Corrected) -> list[Rival]:
 
 def halves(row: Corrected) -> list[Rival]:
     """IEC's fresher cache without its correction, and its correction without the fresher cache."""
-    if row.iec is None or not row.cached:
+    if not row.iec or not row.cached:
         return []
-    place, callback = row.iec
-    options: Any = callback.options
-    if not options.refresh_cache:
+    if not any(options.refresh_cache for options in row.iec.values()):
         return []
-    given = row.plan.experiment.callbacks[place]
-    halves = {"correction only": {**given, "refresh_cache": False}}
-    if "correct" in type(options).model_fields:
-        halves = {"refresh only": {**given, "correct": False}, **halves}
-    return [_fixed(label, "half", row.with_iec(label, part)) for label, part in halves.items()]
+    return [
+        _fixed(label, "half", row.with_iec(label, partial(_with, half)))
+        for label, half in HALVES.items()
+    ]
+
+
+def _with(options: Part, given: Part) -> Part:
+    return {**given, **options}
 
 
 def _fixed(name: str, relation: Relation, experiment: Experiment) -> Rival:

@@ -177,6 +177,8 @@ def test_the_recommendation_is_a_piece_of_a_study(
     assert 0 < found["extra_macs"] <= 0.5
     assert len(found["chosen"]) == 2  # of five evaluations a half
     assert found["chosen"] == sorted(found["ranking"][:2])
+    assert found["scored"] == {}
+    assert "image quality has not been asked" in result.stdout
     told = yaml.safe_load(
         (folder_of(analysis, "quantized-iec") / "recommendation.yaml").read_text()
     )
@@ -296,13 +298,15 @@ def test_the_ablation_is_a_study_that_runs(
         "cached + IEC, last",
     ]  # fmt: skip
     assert "&id" not in path.read_text()
+    assert load(str(path)).controls == ["full-precision"]  # the choices are told apart without more
     before = content(analysis, "quantized-iec", "ablation")["choices"]
     assert before[0]["predicted_overhead"] == 0
     assert before[1]["predicted_overhead"] == pytest.approx(1)
     assert {choice["measured"] for choice in before} == {None}
     made = cli("launch", path, "-o", analysis / "ablation", "-s", "images.count=40")
     assert made.exit_code == 0, made.output
-    told = cli("analyze", study, "-o", analysis.parent, *SMALL, "--what", "ablation")
+    more = ["--what", "ablation,residuals", "--budget", "0.5"]
+    told = cli("analyze", study, "-o", analysis.parent, *SMALL, *more)
     line = r"every full step 100.0 %, measured 100.0 %: fid-toy [\d.]+ \([+-][\d.]+ \[.*\], \w"
     assert re.search(line, told.stdout)
     assert "scores of 40 images (uncorrected: fid-toy" in told.stdout
@@ -327,6 +331,14 @@ def test_the_ablation_is_a_study_that_runs(
         ends = ("_low", "", "_high")
         low, value, high = (float(table[1][f"fid-toy_difference{end}"]) for end in ends)
         assert low < value < high
+        scored = content(analysis, row, "recommendation")["scored"]
+        choices = content(analysis, row, "ablation")["choices"][1:]
+        for choice in choices:
+            judgement = choice["measured"]["differences"]["fid-toy"]["judgement"]
+            assert choice["label"] in scored[judgement]
+        assert sum(map(len, scored.values())) == len(choices)
+    said = "image quality of the choices that were scored, against no correction: "
+    assert said in " ".join(told.stdout.split())
 
 
 def test_rows_of_the_study_itself_are_measured_choices(

@@ -114,22 +114,23 @@ def test_a_metric_that_only_one_row_has_is_left_out() -> None:
     assert [c.metric for c in found["IEC"]] == ["fid"]
 
 
-def test_intervals_against_several_equal_cost_rivals_hold_together() -> None:
-    def half(rivals: int, relation: str) -> float:
+@pytest.mark.parametrize("relation", ["equal-cost", "zero-cost", "half"])
+def test_intervals_against_several_rivals_of_a_kind_hold_together(relation: str) -> None:
+    def half(rivals: int) -> float:
         judges = [row(f"r{n}", control=True, judge_of={"IEC": relation}) for n in range(rivals)]
         unfinished = row("gone", judge_of={"IEC": relation}, status="failed", error="why")
-        numbers = {one.name: {"fid": estimate(1.0, 2.0)} for one in [*judges, unfinished]}
-        rows = [row("IEC", callbacks=IEC), *judges, unfinished]
-        low, high = compared(rows, {"IEC": {"fid": estimate(1.0)}, **numbers})["IEC"][0].ci95 or (
-            0,
-            0,
-        )
+        base = row("base", judge_of={"IEC": "base"})  # which is of no such kind
+        rows = [*judges, unfinished, base]
+        numbers = {one.name: {"fid": estimate(1.0, 2.0)} for one in rows}
+        numbers["IEC"] = {"fid": estimate(1.0)}
+        found = compared([row("IEC", callbacks=IEC), *rows], numbers)["IEC"]
+        assert [one.level for one in found] == [0.95, *[1 - 0.05 / rivals] * rivals]
+        low, high = found[-1].ci95 or (0, 0)
         return (high - low) / 2
 
     error = 1 / math.sqrt(COUNT)  # the influence of one row is twice the other's
-    assert half(1, "equal-cost") == pytest.approx(quantile(0.95) * error)
-    assert half(3, "equal-cost") == pytest.approx(quantile(1 - 0.05 / 3) * error)
-    assert half(3, "zero-cost") == pytest.approx(quantile(0.95) * error)
+    assert half(1) == pytest.approx(quantile(0.95) * error)
+    assert half(3) == pytest.approx(quantile(1 - 0.05 / 3) * error)
 
 
 def test_the_interval_judges() -> None:

@@ -201,8 +201,8 @@ def test_the_next_number_of_steps_is_near_enough(plans: Plans) -> None:
     found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 5})
     rival = found["row: 11 steps"]  # 3 full and 8 cached, against 3 full and 4 cached
     assert macs(rival) > 1.1 * macs(found["row"])
-    wanted = "smaller interval: no interval below 5 costs as much"
-    assert found["row"].experiment.lacks == [wanted]
+    wanted = "equal-cost rival smaller interval: no interval below 5 costs as much"
+    assert wanted in found["row"].experiment.lacks
 
 
 def test_evaluations_are_counted_once_whatever_the_steps_and_the_interval(
@@ -240,6 +240,8 @@ def test_callbacks_of_others_are_corrections_too(plans: Plans) -> None:
     labels = [name.rpartition(": ")[2] for name in rivals(found, "cached + IEC")]
     assert labels[0].endswith("steps")
     assert labels[1:] == ["interval 1"]  # every evaluation of it twice; not IEC: no Heun
+    lacks = found["cached + IEC"].experiment.lacks
+    assert lacks == ["equal-cost rival Heun: only IEC says which steps it corrects"]
     assert rivals(found, "cached + IEC", "zero-cost") == []
 
 
@@ -260,7 +262,7 @@ def test_steps_that_a_sampler_refuses_are_passed_over(plans: Plans) -> None:
     found = plans(pair("plain"), controls=["equal-cost"], sampler=ldm(20))
     assert rivals(found, "plain + IEC") == ["plain + IEC: Heun"]
     (lacking,) = found["plain + IEC"].experiment.lacks
-    assert lacking.startswith("more steps: no number of steps")
+    assert lacking.startswith("equal-cost rival more steps: no number of steps")
     assert "25 cost too little" in lacking
 
 
@@ -271,7 +273,7 @@ def ldm(steps: int) -> Part:
 def test_a_sampler_without_steps_is_no_error(plans: Plans) -> None:
     found = plans(pair("plain"), controls=["equal-cost"], sampler={"name": "fixed"})
     assert found["plain + IEC"].experiment.lacks == [
-        "more steps: sampler 'fixed' has no option called steps"
+        "equal-cost rival more steps: sampler 'fixed' has no option called steps"
     ]
 
 
@@ -316,6 +318,8 @@ def test_stages_that_are_no_methods_of_their_own_are_not_stacked(plans: Plans) -
 def test_heun_is_the_rival_of_one_correction_only(plans: Plans) -> None:
     twice = plans(pair("plain", [{**IEC, "weights": [0.5, 0.5]}]), controls=["equal-cost"])
     assert rivals(twice, "plain + IEC") == ["plain: 60 steps"]
+    wanted = "equal-cost rival Heun: it costs as much as one correction a step, not as several"
+    assert twice["plain + IEC"].experiment.lacks == [wanted]
     heun = plans(pair("plain", [{**IEC, "preset": "heun"}]), controls=["equal-cost"])
     assert rivals(heun, "plain + IEC") == ["plain: 39 steps"]  # the last step has none
 
@@ -327,7 +331,43 @@ def test_heun_may_lack_the_one_evaluation_that_the_last_step_has_not(plans: Plan
     last = plans(pair("plain", [{**IEC, "where": [STEPS - 1]}]), controls=["equal-cost"])
     assert not any("Heun" in name for name in last)
     lacks = last["plain + IEC"].experiment.lacks
-    assert [text.partition(":")[0] for text in lacks] == ["Heun"]
+    assert [text.partition(":")[0] for text in lacks] == ["equal-cost rival Heun"]
+
+
+def test_each_of_several_iecs_is_replaced(plans: Plans) -> None:
+    """As the analysis recommends them: one for each lambda, at its steps."""
+    parts = [
+        {"name": "iec", "weights": [0.3], "where": [0, 5]},
+        {"name": "epsilon-scaling"},
+        {"name": "iec", "weights": [0.9], "where": [10, 15]},
+    ]
+    found = plans(pair("cached", parts))
+    heun = [{"name": "iec", "preset": "heun", "where": part.get("where")} for part in parts]
+    added = {
+        "Heun": [heun[0], parts[1], heun[2]],
+        "refresh only": [{**part, "correct": False} for part in parts],
+        "correction only": [{**part, "refresh_cache": False} for part in parts],
+    }
+    for label, wanted in added.items():
+        row = found[f"cached + IEC: {label}"]
+        assert row.experiment.callbacks == [wanted[0], parts[1], wanted[2]]
+        assert macs(row) == macs(found["cached + IEC"])
+    (scaled,) = found["cached: scale-matched"].experiment.callbacks
+    assert scaled == {"name": "scale-matched", "of": [parts[0], parts[2]]}
+
+
+def test_a_row_that_costs_no_more_gets_a_base_too(plans: Plans) -> None:
+    row = {"name": "row", "efficiency": [CACHE], "callbacks": [{"name": "epsilon-scaling"}]}
+    assert judges(plans([row], controls=["equal-cost"])) == {"row: uncorrected": {"row": "base"}}
+    assert [*plans([row], controls=["zero-cost"])] == ["row"]
+
+
+def test_rivals_without_callbacks_are_compared_with_what_they_start_from(plans: Plans) -> None:
+    found = plans(pair("cached"), controls=["equal-cost"])
+    steps = f"cached: {found_steps(found, 'cached + IEC')} steps"
+    made = {"cached + IEC", "cached + IEC: Heun", steps, *(n for n in found if "interval" in n)}
+    assert found["cached"].experiment.judge_of == dict.fromkeys(made, "base")
+    assert len(made) == 4
 
 
 def test_a_cheap_correction_has_its_base_for_an_equal_and_free_rivals(plans: Plans) -> None:
@@ -457,8 +497,7 @@ def test_a_base_is_added_where_a_rival_needs_it(plans: Plans) -> None:
         found = plans([row], controls=controls)
         base = found["row: uncorrected"].experiment
         assert base.judge_of["row"] == "base"
-        rivals_of_it = {n for n, p in found.items() if p.experiment.callbacks}  # its callbacks off
-        assert {*base.judge_of} == rivals_of_it
+        assert {*base.judge_of} == found.keys() - {"row: uncorrected"}  # the row and its rivals
         assert {*base.judge_of.values()} == {"base"}
         assert (base.efficiency, base.callbacks, base.control) == ([CACHE], [], True)
     assert [*plans([row], controls=["full-precision"])] == ["full precision", "row"]
@@ -597,7 +636,11 @@ def test_show_says_what_an_added_row_is_for(
     heun = next(i for i, line in enumerate(lines) if line.startswith("plain + IEC: Heun: "))
     assert "39 full + 0 cached evaluations" in lines[heun]
     assert lines[heun + 1] == "    equal-cost rival of plain + IEC"
-    lacking = [line for line in lines if line.startswith("    lacks more steps: no number")]
+    lacking = [
+        line
+        for line in lines
+        if line.startswith("    lacks equal-cost rival more steps: no number")
+    ]
     assert len(lacking) == 1
     rows = {row["name"]: row for row in json.loads(cli("show", study, "--json").stdout)["rows"]}
     assert rows["plain + IEC: Heun"]["judge_of"] == {"plain + IEC": "equal-cost"}

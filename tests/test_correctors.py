@@ -246,6 +246,25 @@ def test_steps_that_iec_leaves_have_the_scale_one() -> None:
     assert (scales[[0, 2]] != 1).all()
 
 
+def test_the_scalars_of_several_iecs_are_those_of_each_where_it_corrects() -> None:
+    network, sampler = ConvNet(strength=2.0), ddim(steps=4)
+    parts = [
+        {"name": "iec", "weights": [0.3], "where": [0, 2]},
+        {"name": "iec", "weights": [0.9], "where": [1]},
+    ]
+    callback = build(ScaleMatched, {"of": parts})
+    scales = callback.calibrate(bench_on(network, sampler, Clock(4)))["scales"]
+    first = build(ScaleMatched, {"of": parts[0]})
+    alone = first.calibrate(bench_on(network, sampler, Clock(4)))["scales"]
+    assert scales[0] == alone[0]
+    assert scales[1] != 1 == alone[1]
+    assert scales[2] != alone[2]  # on a trajectory that the second has corrected
+    assert scales[3] == 1
+    clipping = {"of": [{**parts[0], "allow_clipping": True}, parts[1]]}
+    with pytest.raises(Incompatible, match="clips"):
+        build(ScaleMatched, clipping).check(ddim(steps=4, clip_sample=True), Clock(4))
+
+
 def test_a_whole_part_names_its_iec() -> None:
     part = {"name": "iec", "preset": "official_ldm", "where": "all"}
     options = build(ScaleMatched, {"of": part}).options.of

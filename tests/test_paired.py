@@ -25,12 +25,12 @@ from iec_eval.metrics import lpips
 from iec_eval.metrics.base import PairedMetric, Pairs
 from iec_eval.metrics.lpips import LPIPS, SMALLEST, lpips_network, published_weights
 from iec_eval.metrics.paired import PSNR, SSIM, MeanOverPairs, best_psnr
-from iec_eval.options import BaseOptions
+from iec_eval.options import BaseOptions, validated
 from iec_eval.plugins import load_registry
 from iec_eval.progress import Progress
 from iec_eval.session import prepare
 from iec_eval.storage import sha256
-from iec_eval.study import full_precision, load
+from iec_eval.study import Study, full_precision, load
 from iec_eval.testing import TinyModel
 
 COUNT = 20
@@ -412,3 +412,14 @@ def test_planned_metrics_are_told_their_model(toy: Toy, write_study: Any, tmp_pa
     (metric,) = plan_metrics(study, registry, plan_study(study, registry))
     assert isinstance(metric, PSNR)
     assert metric.reference_row == "full precision"
+    assert metric.protocol() == reference_of(study)
+    seeds = validated(Study, {**study.model_dump(), "images": {"seeds": [4, 5], "count": 2}}, "")
+    assert reference_of(seeds) == reference_of(study)  # their numbers can be compared
+    finer = {**study.model_dump(), "sampler": {**study.sampler, "steps": 7}}
+    assert reference_of(validated(Study, finer, "")) != reference_of(study)
+
+
+def reference_of(study: Study) -> dict[str, Any]:
+    registry = load_registry()
+    (metric,) = plan_metrics(study, registry, plan_study(study, registry))
+    return metric.protocol()

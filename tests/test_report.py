@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import html
 import io
 import json
 import re
@@ -26,7 +27,7 @@ from iec_eval.report import plots
 from iec_eval.report.figures import LARGEST, figures
 from iec_eval.report.filmstrips import filmstrips
 from iec_eval.report.gallery import cell_corner, differences, gallery
-from iec_eval.report.judgements import Against, Judged, comparisons, judged
+from iec_eval.report.judgements import Against, Judged, absent, comparisons, judged
 from iec_eval.report.page import report_page, write_report
 from iec_eval.report.plots import front_of, quality_plot
 from iec_eval.report.tables import table
@@ -158,13 +159,14 @@ study,variant,fingerprint,control,simulated,status,error,images,seeds,fid-fashio
 fid-fashion_spread,fid-fashion_ci95_low,fid-fashion_ci95_high,fid-fashion_delta,\
 fid-fashion_delta_versus,fid-fashion_delta_spread,fid-fashion_delta_ci95_low,\
 fid-fashion_delta_ci95_high,versus_base,versus_base_metric,versus_base_difference,\
-versus_base_ci95_low,versus_base_ci95_high,versus_base_verdict,versus_equal_cost,\
+versus_base_ci95_low,versus_base_ci95_high,versus_base_level,versus_base_verdict,\
+versus_equal_cost,\
 versus_equal_cost_metric,versus_equal_cost_difference,versus_equal_cost_ci95_low,\
-versus_equal_cost_ci95_high,versus_equal_cost_verdict,evaluations_full,evaluations_cached,\
+versus_equal_cost_ci95_high,versus_equal_cost_level,versus_equal_cost_verdict,evaluations_full,evaluations_cached,\
 macs_per_image,relative_macs,bit_operations_per_image,relative_bit_operations,seconds_per_image,\
 relative_seconds,weight_bytes
-toy,A,ab,True,False,done,,1000,,2.0,,1.5,2.5,,,,,,,,,,,,,,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
-toy,B,ab,False,False,done,,1000,,1.5,,,,-0.5,A,,,,A,fid-fashion,-0.5,-0.75,-0.25,better,,,,,,\
+toy,A,ab,True,False,done,,1000,,2.0,,1.5,2.5,,,,,,,,,,,,,,,,,,,,20.0,0.0,200.0,1.0,,,2e-08,1.0,1834000
+toy,B,ab,False,False,done,,1000,,1.5,,,,-0.5,A,,,,A,fid-fashion,-0.5,-0.75,-0.25,0.95,better,,,,,,,\
 controls off,40.0,0.0,400.0,2.0,,,4e-08,2.0,1834000
 """
 
@@ -180,7 +182,14 @@ def test_latex_whole() -> None:
 def test_csv_whole_and_json_alike() -> None:
     results = toy(
         row("A", 2.0, 200.0, control=True, ci95=(1.5, 2.5), judge_of={"B": "base"}),
-        row("B", 1.5, 400.0, callbacks=IEC, full=40, comparisons=[against("A", "base", -0.5)]),
+        row(
+            "B",
+            1.5,
+            400.0,
+            callbacks=IEC,
+            full=40,
+            comparisons=[against("A", "base", -0.5, level=0.95)],
+        ),
         controls=["full-precision"],
     )
     assert table([results], "csv") == CSV
@@ -357,8 +366,14 @@ def test_a_verdict_without_controls_says_so() -> None:
     assert off.endswith("no equal-cost rival: controls are off.")
     (free,) = verdicts(toy(*plain(), corrected(), controls=["equal-cost"]))
     assert free.endswith("no equal-cost rival: the callbacks cost no more than their base.")
-    (lacking,) = verdicts(toy(*plain(), corrected(lacks=["steps"]), controls=["equal-cost"]))
-    assert lacking.endswith("no equal-cost rival: none could be had.")
+    steps, shift = "equal-cost rival more steps: no", "zero-cost rival time shift: no"
+    (lacking,) = verdicts(toy(*plain(), corrected(lacks=[steps]), controls=["equal-cost"]))
+    assert lacking.endswith(
+        "no equal-cost rival: none could be had; not held against equal-cost rival more steps "
+        "(not to be had)."
+    )
+    (free,) = verdicts(toy(*plain(), corrected(lacks=[shift]), controls=["equal-cost"]))
+    assert "the callbacks cost no more than their base; not held against zero-cost rival" in free
 
 
 def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
@@ -383,8 +398,10 @@ def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
 def test_rivals_and_halves_get_no_verdict_and_stacked_rows_do() -> None:
     base = ("P", "base", -1.5, (-2.0, -1.0), "better")
     for relation in ("equal-cost", "zero-cost", "half"):
-        judge = corrected(base, judge_of={"X": relation})
+        judge = corrected(base, judge_of={"X": relation}, control=True)
         assert verdicts(toy(*plain(), judge)) == []
+        own = judge.model_copy(update={"control": False})  # the study asks for it
+        assert len(verdicts(toy(*plain(), own))) == 1
     assert len(verdicts(toy(*plain(), corrected(base, judge_of={"X": "full-precision"})))) == 1
     stacked = corrected(("P", "stacking", -1.5, (-2.0, -1.0), "better"), callbacks=[])
     (found,) = verdicts(toy(*plain(), stacked))
@@ -742,7 +759,13 @@ def test_pictures_of_an_analysis_come_in_unless_they_are_large(tmp_path: Path) -
     ]  # fmt: skip
     text = report_page(small(), [], {}, analysis=found)
     assert Page(text).tags.count("figcaption") == 2
-    assert "analysis/W8A8/large.svg is too large for this page" in text
+    assert "analysis/W8A8/large.svg is not shown, to keep this page small" in text
+    run = tmp_path / "analysis" / "ablation"  # a run of its own, whose pictures are its report's
+    run.mkdir()
+    (run / "gallery.png").write_bytes(b"\x89PNG")
+    assert len(figures(tmp_path / "analysis")) == 4
+    (run / "study.yaml").write_text("study: ablation")
+    assert figures(tmp_path / "analysis") == found
     assert figures(tmp_path / "nothing") == []
 
 
@@ -835,8 +858,10 @@ def test_latex_has_verdicts_and_intervals_in_a_sound_tabular() -> None:
 # --- verdict columns ---------------------------------------------------------------------------
 
 
-def verdict_of(one: Variant, against: Against, *others: Variant) -> Judged:
-    return judged(one, against, toy(one, *others))
+def verdict_of(
+    one: Variant, against: Against, *others: Variant, controls: list[str] | None = None
+) -> Judged:
+    return judged(one, against, toy(one, *others, controls=controls))
 
 
 def test_the_strongest_rival_is_the_best_one() -> None:
@@ -864,7 +889,7 @@ def test_an_unfinished_row_is_in_no_verdict_on_either_side(status: str) -> None:
     broken = verdict_of(one.model_copy(update=ended), "base", base)
     assert (broken.comparison, broken.word) == (None, status)
     broken = verdict_of(one, "base", base.model_copy(update=ended))
-    assert (broken.comparison, broken.word) == (None, "not judged")
+    assert (broken.comparison, broken.word) == (None, "base not finished")
     study = toy(one, base.model_copy(update=ended))
     assert comparisons(study.variants[0], study) == []
     assert 'id="compared"' not in report_page(study, [], {})
@@ -880,10 +905,38 @@ def test_the_column_says_why_there_is_no_rival() -> None:
 
     assert word(one, controls=[]) == word(one, controls=["full-precision"]) == "controls off"
     assert word(one, rival, controls=["equal-cost"]) == "not judged"
+    broken = rival.model_copy(update={"status": "failed", "error": "power cut"})
+    assert word(one, broken, controls=["equal-cost"]) == "rivals not finished"
+    second = rival.model_copy(update={"name": "second"})
+    assert word(one, broken, second, controls=["equal-cost"]) == "not judged"
     assert word(one, controls=["equal-cost"]) == "costs no more"
-    lacking = one.model_copy(update={"lacks": ["more steps: too few"]})
+    lacking = one.model_copy(update={"lacks": ["equal-cost rival more steps: too few"]})
     assert word(lacking, controls=["equal-cost"]) == "none to be had"
+    other = one.model_copy(update={"lacks": ["zero-cost rival time shift: too few"]})
+    assert word(other, controls=["equal-cost"]) == "costs no more"
+    assert verdict_of(one, "base", controls=[]).word == "controls off"
     assert word(one, controls=None) == "not judged"  # files that do not say
+
+
+def test_a_rival_that_is_missing_is_named_wherever_the_verdict_is() -> None:
+    """Else the row would seem to have won against it."""
+    lacks = ["equal-cost rival smaller interval: no interval below 2"]
+    compared = [against("weak", "equal-cost", -1.0)]
+    one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=compared, lacks=lacks)
+    weak = row("weak", 3.0, 2e8, judge_of={"C": "equal-cost"}, control=True)
+    strong = row("strong", 1.0, 2e8, judge_of={"C": "equal-cost"}, control=True)
+    missing = "equal-cost rival smaller interval (not to be had)"
+    study = toy(one, weak, strong)
+    assert absent(one, study) == [missing]
+    ended = {"status": "failed", "error": "power cut", "metrics": {}}
+    study = toy(one, weak, strong.model_copy(update=ended))
+    assert absent(one, study) == ["strong (failed)", missing]
+    said = f"C is not held against strong (failed), {missing}. {lacks[0]}."
+    assert said in table([study], "md")
+    assert said in html.unescape(report_page(study, [], {}))
+    (found,) = verdicts(study)
+    assert found.endswith(f"; not held against strong (failed), {missing}.")
+    assert absent(weak, study) == []
 
 
 @pytest.mark.parametrize("against", ["base", "equal-cost"])
@@ -892,7 +945,7 @@ def test_a_row_that_others_are_held_against_is_not_on_trial(against: Against) ->
     for other in (
         row("plain", 1.0, 1e8),
         row("base", 1.0, 1e8, judge_of={"C": "base"}),
-        row("steps", 1.0, 2e8, judge_of={"C": "equal-cost"}),
+        row("steps", 1.0, 2e8, control=True, judge_of={"C": "equal-cost"}),
         row("Heun", 1.0, 2e8, callbacks=IEC, control=True, judge_of={"C": "equal-cost"}),
     ):
         assert verdict_of(other, against, one).word == ""

@@ -84,6 +84,7 @@ LITERAL: dict[str, Any] = {
                     "metric": "fid",
                     "value": -1.5,
                     "ci95": [-2.0, -1.0],
+                    "level": 0.95,
                     "judgement": "better",
                 }
             ],

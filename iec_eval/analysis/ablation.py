@@ -7,7 +7,7 @@ each costs beside the uncorrected row is predicted here, and read from its resul
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,19 @@ def _callbacks(plan: Plan, where: Any) -> list[dict[str, Any]]:
 
 
 def study_of(study: Study, chosen: Sequence[Choice]) -> dict[str, Any]:
-    """The study with these rows, in place of its own rows and controls."""
+    """The study with these rows, in place of its own rows and controls.
+
+    Of the controls full precision remains: each choice is judged by the row without correction, and
+    rivals of every choice would be several times as many rows.
+    """
     shared = study.model_dump(
         mode="json", exclude_defaults=True, exclude={"variants", "controls", "paper", "doubtful"}
     )
     rows = [_variant(study, choice) for choice in chosen]
-    content = {**shared, "study": f"{study.study}-ablation", "variants": rows}
+    plain = any(not choice.plan.methods and not choice.plan.callbacks for choice in chosen)
+    controls = [] if plain else ["full-precision"]
+    name = f"{study.study}-ablation"
+    content = {**shared, "study": name, "controls": controls, "variants": rows}
     whole: dict[str, Any] = json.loads(json.dumps(content))  # nothing shared: YAML without anchors
     return whole
 
@@ -127,6 +134,21 @@ def overheads(
         "images": measured.images if measured else None,
         "choices": rows,
     }
+
+
+def judgements(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of what :func:`overheads` gave, the choices by the judgement on their first metric.
+
+    Against no correction: ``better``, ``worse`` or ``not distinguishable``. Empty before the study
+    has run.
+    """
+    by: dict[str, list[str]] = {}
+    for choice in found["choices"][1:]:
+        differences = (choice["measured"] or {}).get("differences", {})
+        said = next((one["judgement"] for one in differences.values()), None)
+        if said is not None:
+            by.setdefault(said, []).append(choice["label"])
+    return by
 
 
 def _result(choice: Choice, done: Sequence[Variant]) -> Variant | None:

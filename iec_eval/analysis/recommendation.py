@@ -32,6 +32,9 @@ def recommend(
         cost: of the row's evaluations.
         budget: share of ``macs``.
         macs: multiply-accumulates of an image without correction.
+
+    ``scored`` is left for what image quality says of correcting some steps or others, by judgement
+    (:func:`ablation.judgements`).
     """
     steps = [_step(piece, cost) for piece in found]
     ranked = sorted(
@@ -53,6 +56,7 @@ def recommend(
         "ranking": [step["step"] for step in ranked],
         "chosen": sorted(step["step"] for step in chosen),
         "steps": steps,
+        "scored": {},
         "callbacks": [*other_callbacks(subject.plan), *callbacks_for(chosen)],
     }
 

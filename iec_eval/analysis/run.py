@@ -310,6 +310,8 @@ def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
         chosen = ablation.choices(row, asked.registry)
         cost, results = evaluation_cost(row.plan), _ablation_results(asked)
         found["ablation"] = ablation.overheads(row, chosen, cost, results)
+        if "recommendation" in found:
+            found["recommendation"]["scored"] = ablation.judgements(found["ablation"])
     return found
 
 

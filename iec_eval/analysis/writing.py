@@ -169,7 +169,18 @@ def _recommendation_text(found: Found) -> list[str]:
         f"recommended within {100 * found['budget']:g} % more multiply-accumulates "
         f"({100 * found['extra_macs']:.1f} % spent), by residual removed, not by image quality:"
     )
-    return [head, *(f"  {line}" for line in snippet.splitlines())]
+    return [head, *(f"  {line}" for line in snippet.splitlines()), *_scored_text(found["scored"])]
+
+
+def _scored_text(scored: Mapping[str, Sequence[str]]) -> list[str]:
+    """What image quality has said so far of correcting, beside what the residual says."""
+    if not scored:
+        return ["image quality has not been asked: see the ablation"]
+    told = "; ".join(f"{word}: {', '.join(labels)}" for word, labels in scored.items())
+    warning = "" if "better" in scored else ", so expect no gain of this"
+    return [
+        f"image quality of the choices that were scored, against no correction: {told}{warning}"
+    ]
 
 
 def _ablation_table(found: Found) -> Cells:

@@ -8,7 +8,7 @@ like IEC itself, IEC's second evaluation has bought a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 class ScaleMatchedOptions(BaseOptions):
     """Options of the matched scalar."""
 
-    of: IECOptions = Field(
+    of: IECOptions | list[IECOptions] = Field(
         IECOptions(),
-        description="the IEC whose scalar is matched, with its options as in a study",
+        description="the IEC whose scalar is matched, with its options as in a study, or several",
     )
 
     @field_validator("of", mode="before")
     @classmethod
     def _without_name(cls, given: Any) -> Any:
         """A whole part of a study, ``{name: iec, ...}``, is as good as its options."""
+        if isinstance(given, list):
+            return [cls._without_name(one) for one in given]
         if isinstance(given, dict) and given.get("name") == IEC.name:
             return {key: value for key, value in given.items() if key != "name"}
         return given
@@ -58,11 +60,13 @@ class ScaleMatched(DenoisingCallback):
 
     def __init__(self, options: ScaleMatchedOptions) -> None:
         super().__init__(options)
-        self._iec = IEC(options.of)
+        several = options.of if isinstance(options.of, list) else [options.of]
+        self._iec = [IEC(one) for one in several]
         self._scales: list[float] | None = None
 
     def check(self, sampler: Sampler, clock: Clock) -> None:
-        self._iec.check(sampler, clock)
+        for iec in self._iec:
+            iec.check(sampler, clock)
 
     def calibrate(self, bench: Bench) -> dict[str, Tensor]:
         """``scales [T]``, float64."""
@@ -84,12 +88,14 @@ class _Projections(DenoisingCallback):
 
     name = "projections"
 
-    def __init__(self, iec: IEC, total: int) -> None:
+    def __init__(self, iec: Sequence[IEC], total: int) -> None:
         super().__init__(BaseOptions())
         self._iec, self.sums = iec, torch.zeros(total, dtype=torch.float64)
 
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
-        refined = self._iec.refine(step, prediction)
+        refined = prediction
+        for iec in self._iec:
+            refined = iec.refine(step, refined)
         self.sums[step.index] += projection(refined, prediction).sum().cpu()
         return refined
 

@@ -134,12 +134,15 @@ class PairedMetric(Metric):
 
     Attributes:
         reference_row: name of the row compared with, set when a study is planned.
+        reference_digest: of what decides its images but for the seed, set there too; rows that are
+            called alike may have other steps.
     """
 
     reference_row: str | None = None
+    reference_digest: str | None = None
 
     def protocol(self) -> dict[str, Any]:
-        return {"reference": self.reference_row}
+        return {"reference": self.reference_row, "reference_digest": self.reference_digest}
 
     @abstractmethod
     def update(self, pairs: Pairs, indices: Tensor) -> None:

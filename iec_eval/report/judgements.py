@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from iec_eval.intervals import LEVEL
 from iec_eval.report.wording import higher_is_better, pairings, quality_metric, with_interval
 from iec_eval.results import Comparison, Results, Variant
 from iec_eval.study import Relation
@@ -16,7 +17,7 @@ from iec_eval.study import Relation
 Against = Literal["base", "equal-cost"]
 AGAINST: Mapping[Against, str] = {"base": "vs base", "equal-cost": "vs equal cost"}
 RELATIONS: Mapping[Relation, str] = {
-    "base": "the same without callbacks",
+    "base": "the row it starts from",
     "equal-cost": "the same compute spent otherwise",
     "zero-cost": "a correction that takes no evaluation",
     "half": "a part of what the callback does",
@@ -24,6 +25,7 @@ RELATIONS: Mapping[Relation, str] = {
     "full-precision": "full precision",
 }
 RIVALS: tuple[Relation, ...] = ("equal-cost", "zero-cost", "half")
+_JUDGES: Mapping[Against, str] = {"base": "base", "equal-cost": "rivals"}
 _WORDS = {"better": "better than", "worse": "worse than"}
 
 
@@ -79,8 +81,8 @@ def strongest(found: Sequence[Comparison], upward: bool) -> Comparison:
 
 
 def is_rival(row: Variant) -> bool:
-    """Whether a row stands against others that are on trial, and so is not on trial itself."""
-    return any(relation in RIVALS for relation in row.judge_of.values())
+    """Whether a row was added to stand against others on trial, and so is not on trial itself."""
+    return row.control and any(relation in RIVALS for relation in row.judge_of.values())
 
 
 def why_missing(row: Variant, against: Against, results: Results) -> str:
@@ -89,12 +91,33 @@ def why_missing(row: Variant, against: Against, results: Results) -> str:
         return row.status
     if not row.callbacks or is_rival(row):
         return ""
-    found = any(other.judge_of.get(row.name) == against for other in results.variants)
-    if against == "base" or found or results.controls is None:
-        return "not judged"  # the other row is not finished or not there, or nothing has intervals
-    if against not in results.controls:
+    judges = [other for other in results.variants if other.judge_of.get(row.name) == against]
+    if judges:
+        unfinished = all(other.status != "done" for other in judges)
+        return f"{_JUDGES[against]} not finished" if unfinished else "not judged"  # no intervals
+    if results.controls is None:
+        return "not judged"  # a file from before rows said whom they judge
+    if "equal-cost" not in results.controls:
         return "controls off"
-    return "none to be had" if row.lacks else "costs no more"
+    if against == "base" or any(text.startswith(against) for text in row.lacks):
+        return "none to be had"
+    return "costs no more"
+
+
+def absent(row: Variant, results: Results) -> list[str]:
+    """The rivals that a row's verdict does without: unfinished ones, and such as are not to be had.
+
+    Nothing for a row that is not to be judged.
+    """
+    if not row.callbacks or is_rival(row) or row.status != "done":
+        return []
+    unfinished = [
+        f"{other.name} ({other.status})"
+        for other in results.variants
+        if other.judge_of.get(row.name) in RIVALS and other.status != "done"
+    ]
+    kinds = [text.partition(":")[0] for text in row.lacks if text.startswith(RIVALS)]
+    return [*unfinished, *(f"{kind} (not to be had)" for kind in kinds)]
 
 
 def difference(found: Comparison, digits: int) -> str:
@@ -108,7 +131,8 @@ def sentence(name: str, found: Comparison, digits: int) -> str:
     verdict = f"{said} {found.versus}" if said else f"{found.judgement} from {found.versus}"
     if found.judgement is None:
         verdict = f"not judged against {found.versus}"
-    together = " that holds for all such rivals together" if found.relation == "equal-cost" else ""
+    several = found.level is not None and found.level > LEVEL
+    together = " that holds for all such rows together" if several else ""
     certainty = "" if found.ci95 is None else f" (95 % interval{together})"
     return (
         f"{name} is {verdict} ({RELATIONS[found.relation]}): "

@@ -152,7 +152,16 @@ def _unfinished(results: Results) -> set[str]:
 
 
 def _folded(results: Results, manifest: Mapping[str, Any]) -> dict[str, str]:
-    keys = {"fingerprint", "control", "efficiency", "callbacks", "judge_of", "paper", "doubt"}
+    keys = {
+        "fingerprint",
+        "control",
+        "efficiency",
+        "callbacks",
+        "judge_of",
+        "lacks",
+        "paper",
+        "doubt",
+    }
     parts = {row.name: row.model_dump(include=keys) for row in results.variants}
     values = {
         "Evaluation protocol": results.protocol,

@@ -55,7 +55,7 @@ _DECADES = 10.0  # a larger ratio of best and worst needs a logarithmic axis
 
 @dataclass(frozen=True)
 class Point:
-    """A row in the plot; ``base`` names the row that its difference is against.
+    """A row in the plot; ``base`` names the row that a corrected one's difference is against.
 
     ``number`` is the row's place in the study, from 1.
     """
@@ -128,7 +128,16 @@ def _point(number: int, row: Variant, metric: str, relative: bool) -> Point | No
     bases = [one.versus for one in row.comparisons if one.relation == "base"]
     base = found.delta.versus if found.delta else next(iter(bases), None)
     corrected = bool(row.callbacks)
-    return Point(number, row.name, cost, found.value, found.ci95, corrected, row.control, base)
+    return Point(
+        number,
+        row.name,
+        cost,
+        found.value,
+        found.ci95,
+        corrected,
+        row.control,
+        base if corrected else None,
+    )
 
 
 def _cost_label(relative: bool) -> str:

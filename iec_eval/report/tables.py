@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from iec_eval.report.judgements import (
     AGAINST,
     Against,
     Judged,
+    absent,
     difference,
     has_verdicts,
     held_against,
@@ -268,7 +269,15 @@ def remarks(results: Sequence[Results]) -> list[str]:
             f"Verdicts are on {' and '.join(metrics)}: a row is not distinguishable from another "
             "where the 95 % interval of their difference holds 0."
         )
-    return notes
+    return notes + [note for row in rows for note in _fewer_rivals(row)]
+
+
+def _fewer_rivals(row: Row) -> Iterator[str]:
+    """A note on a row that is held against fewer rivals than it should be, and why."""
+    missing = absent(row.variant, row.results)
+    if missing:
+        reasons = "".join(f" {text}." for text in row.variant.lacks)
+        yield f"{row.variant.name} is not held against {', '.join(missing)}.{reasons}"
 
 
 def _doubts(rows: Sequence[Row]) -> list[str]:
@@ -423,6 +432,7 @@ def _verdict_record(against: Against, found: Judged) -> Record:
         f"{key}_difference": one.value if one else None,
         f"{key}_ci95_low": low,
         f"{key}_ci95_high": high,
+        f"{key}_level": one.level if one else None,
         f"{key}_verdict": found.word or None,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iec_eval.report.judgements import is_rival, strongest, why_missing
+from iec_eval.report.judgements import absent, is_rival, strongest, why_missing
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
@@ -93,6 +93,8 @@ class _Clerk:
         if row.callbacks and not any(one.relation == "equal-cost" for one in found):
             why = why_missing(row, "equal-cost", self._results)
             clauses.append(f"no equal-cost rival: {_NO_RIVAL.get(why, 'none has finished')}")
+        if missing := absent(row, self._results):
+            clauses.append(f"not held against {', '.join(missing)}")
         return f"{self._shown(row)}: {'; '.join(clauses)}."
 
     def _strongest(self, found: Sequence[Comparison]) -> list[Comparison]:
