@@ -59,10 +59,10 @@ def plan_with_controls(
     table.own[0].lacks.extend(f"the control {complaint}" for complaint in refused.values())
     study.check_remarks([*(row.name for row in table.own), *refused])
     wanted = study.wanted_controls()
-    if "full-precision" in wanted:
-        table.compare_with_full_precision()
     for row in table.own:
         table.add_controls(row, wanted)
+    if "full-precision" in wanted:
+        table.compare_with_full_precision()
     return [row.planned() for row in table.rows()]
 
 
@@ -99,13 +99,13 @@ class _Table:
             yield from row.added
 
     def compare_with_full_precision(self) -> None:
-        """Have the full-precision row judge the efficient rows of the same sampler."""
+        """Have the full-precision row judge all others of the same sampler, corrected or not."""
         base = full_precision(row.plan.experiment for row in self.own)
         judge = next((row for row in self.own if row.plan.experiment is base), None)
-        for row in self.own if judge else []:
-            plain = row.plan.methods and not row.plan.callbacks
-            if judge and plain and identity(row.plan.sampler) == identity(judge.plan.sampler):
-                judge.judge_of[row.name] = "full-precision"
+        for row in self.rows() if judge else []:
+            alike = judge and identity(row.plan.sampler) == identity(judge.plan.sampler)
+            if judge and alike and (row.plan.methods or row.plan.callbacks):
+                judge.judge_of.setdefault(row.name, "full-precision")
 
     def add_controls(self, row: _Row, wanted: Sequence[Control]) -> None:
         """Add the controls of one of the study's own rows, of the kinds that are wanted."""

@@ -534,10 +534,15 @@ def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
     some = plans(rows, controls=["full-precision"])
     assert added(some) == ["full precision"]
     assert judges(some) == {
-        "full precision": {"cached": "full-precision"},
+        "full precision": {"cached": "full-precision", "cached + IEC": "full-precision"},
         "cached": {"cached + IEC": "base"},
     }
     every = plans(rows)
+    alike = {name for name, plan in every.items() if len(plan.sampler.timesteps) == STEPS}
+    judged = every["full precision"].experiment.judge_of
+    for name in every.keys() - {"full precision"}:
+        cached = "full-precision" if name in alike else None  # more steps have another sampler
+        assert judged.get(name) == (cached if name.startswith("cached") else "base")
     labels = {name.rpartition(": ")[2] for name in added(every)}
     wanted = {"full precision", "full precision + IEC", "Heun", "epsilon scaling", "time shift"}
     assert wanted | {"scale-matched", "self-consistent", "correction only"} <= labels

@@ -351,7 +351,8 @@ def test_a_verdict_is_about_the_base_and_the_strongest_equal_cost_rival() -> Non
         "C (fid-fashion 8.50 at 2.00x MACs): better than its base P (fid-fashion 10.00 at 2.00x "
         "MACs) by 1.50 [1.00, 2.00]; not distinguishable from its strongest equal-cost rival Q "
         "(fid-fashion 8.40 at 2.00x MACs) (+0.10 [-0.30, +0.50]); worse than the best callback "
-        "without extra evaluations S (fid-fashion 8.60 at 2.00x MACs) by 0.20 [0.10, 0.30]."
+        "without extra evaluations S (fid-fashion 8.60 at 2.00x MACs) by 0.20 [0.10, 0.30]; worse "
+        "than the reference full (fid-fashion 7.00 at 1.00x MACs) by 1.50 [1.20, 1.80]."
     ]
     assert list(row_verdicts(toy(*plain(), found))) == ["C"]
 

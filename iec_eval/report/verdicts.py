@@ -23,6 +23,7 @@ _ROLES: dict[Relation, str] = {
     "zero-cost": "the best callback without extra evaluations",
     "half": "the best half of the callback",
     "stacking": "its parts stacked",
+    "full-precision": "the reference",
 }
 _NO_RIVAL = {
     "controls off": "controls are off",
