@@ -293,6 +293,11 @@ def test_the_ablation_is_a_study_that_runs(
     path = analysis / "ablation.yaml"
     assert f"iec-eval launch {path} -o {analysis / 'ablation'}" in result.stdout
     rows = load(str(path)).experiments()
+    planned = plan_study(load(str(path)), load_registry())
+    counts = [expected_evaluations(plan) for plan in planned if not plan.experiment.control]
+    taken = sum(one.full + one.cached for one in counts) * load(str(path)).images.count
+    told = f"{len(counts)} rows in {path}, which take {taken:,} network evaluations"
+    assert told in " ".join(result.stdout.split())
     assert [row.name for row in rows if row.name.startswith("cached")] == [
         "cached + IEC, none", "cached + IEC, every full step", "cached + IEC, ends 1/4",
         "cached + IEC, last",

@@ -346,7 +346,11 @@ def _write_ablation(asked: Analysis) -> list[str]:
     kept = [choice for choice in chosen if distinct[choice.plan.fingerprint] is choice]
     path = asked.folder / "ablation.yaml"
     ablation.write_study(path, ablation.study_of(asked.study, kept))
+    count = asked.study.images.count
+    evaluations = sum(_trajectory(choice.plan) for choice in kept) * count
     return [
-        f"Ablation: {len(kept)} rows in {path}. For their scores, and the measured overheads here "
-        f"the next time, run\n  iec-eval launch {path} -o {asked.folder / 'ablation'}"
+        f"Ablation: {len(kept)} rows in {path}, which take {evaluations:,.0f} network evaluations "
+        f"for {count:,} images each, and full precision. For their scores, and the measured "
+        f"overheads here the next time, run\n  "
+        f"iec-eval launch {path} -o {asked.folder / 'ablation'}"
     ]
