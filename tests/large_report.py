@@ -75,6 +75,7 @@ def held(versus: str, relation: Relation, value: float, half: float = 0.03) -> C
         metric="fid-fashion",
         value=value,
         ci95=(low, high),
+        level=0.975 if relation == "equal-cost" else 0.95,
         judgement=word,
     )
 

@@ -194,14 +194,14 @@ def test_the_verdict_columns_tell_each_kind_of_row(browser: Browser, report: Pat
         "worse\n+0.076 [+0.046, +0.106]",
         "worse\n+0.138 [+0.108, +0.168]\nDeepCache N=5, equal MACs",
     ]
-    assert cells["PTQD + IEC, without its rivals"] == ["not judged", "controls off"]
+    assert cells["PTQD + IEC, without its rivals"] == ["controls off", "controls off"]
     assert cells["W8A8, eta=1"] == ["partial", "partial"]
     assert cells["W2A8"] == []  # one cell that says why
     tip = browser.run("document.querySelector('#rows [data-number=\"3\"] td:nth-child(4)').title")
     assert tip == (
         "DeepCache N=5 + IEC is worse than DeepCache N=5, equal MACs (the same compute spent "
         "otherwise): fid-fashion +0.138 [+0.108, +0.168] (95 % interval that holds for all such "
-        "rivals together)."
+        "rows together)."
     )
     assert "better" in browser.run("document.querySelector('.tally').innerText")
 
