@@ -192,10 +192,11 @@ def own_plans(study: Study, planner: Planner) -> tuple[list[Plan], dict[str, str
     Raises UnknownName, ConfigError or Incompatible, saying in which row.
     """
     rows = study.experiments()
+    controls = [row for row in rows if row.control]
     named = plan_rows(planner, [row for row in rows if not row.control])
     there = {plan.fingerprint for plan in named}
-    controls, refused = list[Plan](), dict[str, str]()
-    for row in (row for row in rows if row.control):
+    kept, refused = list[Plan](), dict[str, str]()
+    for row in controls:
         try:
             plan = planner.plan(row)
         except ConfigError as error:
@@ -204,8 +205,8 @@ def own_plans(study: Study, planner: Planner) -> tuple[list[Plan], dict[str, str
             refused[row.name] = str(error)
             continue
         if study.controls is not None or plan.fingerprint not in there:
-            controls.append(plan)
-    return [*controls, *named], refused
+            kept.append(plan)
+    return [*kept, *named], refused
 
 
 def plan_like(plan: Plan, registry: Registry, **changes: Any) -> Plan:

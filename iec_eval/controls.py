@@ -9,7 +9,7 @@ not made twice: it is told whom it judges. The full-precision controls are ``stu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from iec_eval.assembly import Plan, Planner, check_fit, own_plans, planner
@@ -27,6 +27,7 @@ from iec_eval.rivals import (
     zero_cost,
 )
 from iec_eval.study import (
+    ROLES,
     Control,
     Experiment,
     Relation,
@@ -34,12 +35,6 @@ from iec_eval.study import (
     free_name,
     full_precision,
 )
-
-_KINDS: Mapping[Relation, str] = {
-    "equal-cost": "equal-cost rival",
-    "zero-cost": "zero-cost rival",
-    "half": "half",
-}
 
 
 def plan_with_controls(
@@ -102,9 +97,12 @@ class _Table:
         """Have the full-precision row judge all others of the same sampler, corrected or not."""
         base = full_precision(row.plan.experiment for row in self.own)
         judge = next((row for row in self.own if row.plan.experiment is base), None)
-        for row in self.rows() if judge else []:
-            alike = judge and identity(row.plan.sampler) == identity(judge.plan.sampler)
-            if judge and alike and (row.plan.methods or row.plan.callbacks):
+        if judge is None:
+            return
+        sampler = identity(judge.plan.sampler)
+        for row in self.rows():
+            plain = not row.plan.methods and not row.plan.callbacks
+            if not plain and identity(row.plan.sampler) == sampler:
                 judge.judge_of.setdefault(row.name, "full-precision")
 
     def add_controls(self, row: _Row, wanted: Sequence[Control]) -> None:
@@ -140,7 +138,7 @@ class _Table:
                 if plain and found and found is not plain:
                     plain.judge_of.setdefault(found.name, "base")
             except Exception as error:  # nobody has asked for this row: a part may refuse it
-                row.lacks.append(f"{_KINDS[rival.relation]} {rival.name}: {error}")
+                row.lacks.append(f"{ROLES[rival.relation]} {rival.name}: {error}")
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.

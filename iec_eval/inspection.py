@@ -18,16 +18,7 @@ from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
 from iec_eval.slurm import Missing
-from iec_eval.study import Relation, Study
-
-RELATIONS: Mapping[Relation, str] = {
-    "base": "base of",
-    "equal-cost": "equal-cost rival of",
-    "zero-cost": "zero-cost rival of",
-    "half": "half of",
-    "stacking": "naive stacking of",
-    "full-precision": "full precision of",
-}
+from iec_eval.study import ROLES, Relation, Study
 
 
 def assumed_tflops(study: Study) -> float:
@@ -225,7 +216,7 @@ def _judge_of_as_text(judge_of: Mapping[str, Relation]) -> str:
     """A line for each relation that a row has to others, with their names."""
     named: dict[str, list[str]] = {}
     for name, relation in judge_of.items():
-        named.setdefault(RELATIONS[relation], []).append(name)
+        named.setdefault(f"{ROLES[relation]} of", []).append(name)
     return "".join(f"\n    {words} {', '.join(names)}" for words, names in named.items())
 
 

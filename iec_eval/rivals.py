@@ -70,8 +70,9 @@ class Corrected:
 
     def with_iec(self, label: str, changed: Callable[[Part], Part]) -> Experiment:
         """A control made of the row, with each IEC replaced by what ``changed`` makes of it."""
+        places = self.iec
         callbacks = [
-            changed(part) if place in self.iec else part
+            changed(part) if place in places else part
             for place, part in enumerate(self.plan.experiment.callbacks)
         ]
         return control(self.plan.experiment, f"{self.name}: {label}", callbacks=callbacks)

@@ -22,6 +22,15 @@ Control = Literal[
     "full-precision", "full-precision+iec", "equal-cost", "zero-cost", "halves", "naive-stacking"
 ]
 Relation = Literal["base", "equal-cost", "zero-cost", "half", "stacking", "full-precision"]
+ROLES: Mapping[Relation, str] = {
+    "base": "base",
+    "equal-cost": "equal-cost rival",
+    "zero-cost": "zero-cost rival",
+    "half": "half",
+    "stacking": "naive stacking",
+    "full-precision": "full precision",
+}
+"""What a row is called by the row that it judges."""
 CALIBRATION_NOISE = 2  # version; 1 was that of scored images of the same seed
 INHERITED = ("sampler", "efficiency", "callbacks")
 
@@ -133,8 +142,8 @@ class Study(BaseOptions):
     def experiments(self) -> list[Experiment]:
         """The rows that the study names and the full-precision controls, those first.
 
-        Without a list of controls those are named here of which the study has perhaps a row of its
-        own: ``controls`` leaves them out, and knows the rivals of all rows, the other controls.
+        Without a list of controls some of these may be rows of the study already, which plans tell:
+        ``assembly.own_plans`` leaves them out. ``controls`` adds the others, rivals of the rows.
 
         Raises ConfigError for doubled names, an unknown ``extends`` or an empty study.
         """

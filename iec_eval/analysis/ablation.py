@@ -136,14 +136,14 @@ def overheads(
     }
 
 
-def judgements(found: Mapping[str, Any]) -> dict[str, list[str]]:
+def judgements(found: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """Of what :func:`overheads` gave, the choices by the judgement on their first metric.
 
     Against no correction: ``better``, ``worse`` or ``not distinguishable``. Empty before the study
-    has run.
+    has run, or without an ablation.
     """
     by: dict[str, list[str]] = {}
-    for choice in found["choices"][1:]:
+    for choice in found["choices"][1:] if found else []:
         differences = (choice["measured"] or {}).get("differences", {})
         said = next((one["judgement"] for one in differences.values()), None)
         if said is not None:

@@ -32,9 +32,6 @@ def recommend(
         cost: of the row's evaluations.
         budget: share of ``macs``.
         macs: multiply-accumulates of an image without correction.
-
-    ``scored`` is left for what image quality says of correcting some steps or others, by judgement
-    (:func:`ablation.judgements`).
     """
     steps = [_step(piece, cost) for piece in found]
     ranked = sorted(
@@ -56,7 +53,6 @@ def recommend(
         "ranking": [step["step"] for step in ranked],
         "chosen": sorted(step["step"] for step in chosen),
         "steps": steps,
-        "scored": {},
         "callbacks": [*other_callbacks(subject.plan), *callbacks_for(chosen)],
     }
 

@@ -295,6 +295,7 @@ def _results(asked: Analysis, bench: Bench) -> list[str]:
 
 def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
     found = dict[str, Any]()
+    scored = _scored(asked, row)
     if asked.wants("growth"):
         found["growth"] = growth.measure(row, asked.question, bench, asked.registry)
     if asked.wants("residuals"):
@@ -303,16 +304,19 @@ def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
         cost = evaluation_cost(row.plan)
         plain = recommendation.uncorrected_macs(row, cost, asked.registry)
         found["residuals"] = residuals.summary(row, pieces, asked.question)
-        found["recommendation"] = recommendation.recommend(
-            row, pieces, cost, asked.question.budget, plain
-        )
-    if asked.wants("ablation") and correctors(row.plan):
-        chosen = ablation.choices(row, asked.registry)
-        cost, results = evaluation_cost(row.plan), _ablation_results(asked)
-        found["ablation"] = ablation.overheads(row, chosen, cost, results)
-        if "recommendation" in found:
-            found["recommendation"]["scored"] = ablation.judgements(found["ablation"])
+        advice = recommendation.recommend(row, pieces, cost, asked.question.budget, plain)
+        found["recommendation"] = {**advice, "scored": ablation.judgements(scored)}
+    if scored is not None:
+        found["ablation"] = scored
     return found
+
+
+def _scored(asked: Analysis, row: Subject) -> dict[str, Any] | None:
+    """The ablation of a row, where it is wanted and the row has a corrector."""
+    if not asked.wants("ablation") or not correctors(row.plan):
+        return None
+    chosen = ablation.choices(row, asked.registry)
+    return ablation.overheads(row, chosen, evaluation_cost(row.plan), _ablation_results(asked))
 
 
 def _ablation_results(asked: Analysis) -> Path:
