@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from iec_eval.assembly import Plan, Planner, check_fit, own_plans, planner
+from iec_eval.assembly import check_fit
 from iec_eval.cost import evaluation_cost
 from iec_eval.errors import ConfigError
 from iec_eval.fingerprints import identity
+from iec_eval.planning import Plan, Planner, planner
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
     Corrected,
@@ -35,6 +36,7 @@ from iec_eval.study import (
     free_name,
     full_precision,
 )
+from iec_eval.study_plans import own_plans
 
 
 def plan_with_controls(

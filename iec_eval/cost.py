@@ -12,19 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from iec_eval.assembly import (
-    Assembly,
-    Plan,
-    assemble_skeleton,
-    distinct_networks,
-    network_key,
-)
+from iec_eval.assembly import Assembly, assemble_skeleton
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.fingerprints import digest
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
+from iec_eval.planning import Plan, distinct_networks, network_key
 from iec_eval.samplers.base import Sampler
 from iec_eval.study import Part
 

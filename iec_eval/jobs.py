@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from iec_eval import processes
-from iec_eval.assembly import Plan
 from iec_eval.errors import CorruptFile
 from iec_eval.fingerprints import digest
 from iec_eval.metrics.features import FeatureNetwork, Features
+from iec_eval.planning import Plan
 from iec_eval.runs import IndexRange, VariantFolder, covers, missing_ranges
 from iec_eval.storage import read_sealed, seen, write_sealed
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from iec_eval.assembly import Plan, Planner
 from iec_eval.cost import EvaluationCost, expected_evaluations, interval
 from iec_eval.efficiency.base import EfficiencyMethod
 from iec_eval.errors import Incompatible
+from iec_eval.planning import Plan, Planner
 from iec_eval.study import Experiment, Part, Relation
 
 TOLERANCE = 0.02  # costs this near each other are equal

@@ -11,16 +11,17 @@ import yaml
 
 from iec_eval import inspection, processes, status
 from iec_eval import study as studies
-from iec_eval.assembly import plan_like, plan_metrics
 from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
 from iec_eval.evaluation import networks
 from iec_eval.jobs import Job, by_row
 from iec_eval.metrics.base import Metric
+from iec_eval.planning import plan_like
 from iec_eval.plugins import Registry, load_registry
 from iec_eval.runs import RunFolder
 from iec_eval.storage import write_json, write_text
 from iec_eval.study import Study
+from iec_eval.study_plans import plan_metrics
 
 
 @dataclass(frozen=True)

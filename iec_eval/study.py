@@ -143,7 +143,7 @@ class Study(BaseOptions):
         """The rows that the study names and the full-precision controls, those first.
 
         Without a list of controls some of these may be rows of the study already, which plans tell:
-        ``assembly.own_plans`` leaves them out. ``controls`` adds the others, rivals of the rows.
+        ``study_plans.own_plans`` leaves them out. ``controls`` adds the others, rivals of the rows.
 
         Raises ConfigError for doubled names, an unknown ``extends`` or an empty study.
         """

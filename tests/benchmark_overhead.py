@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iec_eval.assembly import plan_study
 from iec_eval.claims import Claims
 from iec_eval.generation import generate
 from iec_eval.jobs import Job
@@ -32,6 +31,7 @@ from iec_eval.progress import Progress
 from iec_eval.runs import VariantFolder
 from iec_eval.samplers.ddim import ddim_coefficients
 from iec_eval.study import Study
+from iec_eval.study_plans import plan_study
 from iec_eval.work import Share
 
 GOAL = 1.05

@@ -36,7 +36,7 @@ import torch
 import yaml
 
 from iec_eval import storage, workflow
-from iec_eval.assembly import assemble, plan_study
+from iec_eval.assembly import assemble
 from iec_eval.claims import Claims
 from iec_eval.generation import generate
 from iec_eval.jobs import Job
@@ -46,6 +46,7 @@ from iec_eval.runs import RunFolder, VariantFolder
 from iec_eval.scaling import Assumptions
 from iec_eval.storage import content_digest, read_about, read_tensors, write_tensors, write_text
 from iec_eval.study import load
+from iec_eval.study_plans import plan_study
 from iec_eval.work import Share
 from iec_eval.workload import ScaleQuestion
 

@@ -44,7 +44,6 @@ from iec_eval.analysis.residuals import (
     share_below,
 )
 from iec_eval.analysis.spectral import Operator, norms_at, operators
-from iec_eval.assembly import Plan
 from iec_eval.callbacks.iec import IEC
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser, Step, denoise
@@ -52,6 +51,7 @@ from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.quantizer import fake_quantize
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
 from iec_eval.noise import Noise
+from iec_eval.planning import Plan
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.samplers.ddim import ddim_coefficients
 from iec_eval.samplers.diffusers import DiffusersSampler

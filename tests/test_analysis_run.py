@@ -16,11 +16,11 @@ from click.testing import Result
 from iec_eval.analysis import growth, residuals
 from iec_eval.analysis.bench import Bench, full_precision_twin
 from iec_eval.analysis.pieces import Pieces
-from iec_eval.assembly import plan_study
 from iec_eval.cost import expected_evaluations
 from iec_eval.plugins import load_registry
 from iec_eval.results import read_results
 from iec_eval.study import load
+from iec_eval.study_plans import plan_study
 
 Cli = Callable[..., Result]
 IEC_ROW = {"name": "cached + IEC", "extends": "cached", "callbacks": [{"name": "iec"}]}

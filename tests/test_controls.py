@@ -14,11 +14,11 @@ from click.testing import Result
 from conftest import VARIANTS, Toy, installed_plugin
 
 from iec_eval import cost
-from iec_eval.assembly import Plan
 from iec_eval.callbacks.iec import IECOptions
 from iec_eval.controls import plan_with_controls
 from iec_eval.cost import evaluation_cost, expected_evaluations
 from iec_eval.errors import Incompatible, UnknownName
+from iec_eval.planning import Plan
 from iec_eval.plugins import load_registry
 from iec_eval.results import read_results
 from iec_eval.storage import read_sealed

@@ -16,7 +16,6 @@ from helpers import build, ddim, packaged
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from iec_eval.assembly import plan_study
 from iec_eval.calibration import Bench
 from iec_eval.clock import Clock
 from iec_eval.cost import EvaluationCost, evaluation_cost
@@ -24,6 +23,7 @@ from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.plugins import load_registry
 from iec_eval.study import load
+from iec_eval.study_plans import plan_study
 
 REPETITIONS = 9
 

@@ -13,11 +13,13 @@ from conftest import Toy
 from pydantic import Field
 
 from iec_eval.api import NOT_DECISIVE, BaseOptions
-from iec_eval.assembly import Plan, artifact_keys, plan_study
+from iec_eval.assembly import artifact_keys
 from iec_eval.fingerprints import digest
+from iec_eval.planning import Plan
 from iec_eval.plugins import Registry, load_registry
 from iec_eval.samplers.ddim import DDIM
 from iec_eval.study import load
+from iec_eval.study_plans import plan_study
 
 CACHE = {"name": "deepcache", "interval": 3, "cut": 2}
 QUANTIZER = {"name": "timestep-quantizer"}

@@ -18,7 +18,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from iec_eval.assembly import plan_metrics, plan_study
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.evaluation import evaluate
 from iec_eval.metrics import lpips
@@ -31,6 +30,7 @@ from iec_eval.progress import Progress
 from iec_eval.session import prepare
 from iec_eval.storage import sha256
 from iec_eval.study import Study, full_precision, load
+from iec_eval.study_plans import plan_metrics, plan_study
 from iec_eval.testing import TinyModel
 
 COUNT = 20

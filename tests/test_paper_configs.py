@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from iec_eval.assembly import plan_study
 from iec_eval.callbacks.iec import PRESETS, Ends, IECOptions, corrected_steps
 from iec_eval.cli.main import cli
 from iec_eval.efficiency.cachequant import CacheQuantOptions
@@ -23,6 +22,7 @@ from iec_eval.efficiency.timestep_quantizer import TimestepQuantizerOptions
 from iec_eval.options import validated
 from iec_eval.plugins import load_registry
 from iec_eval.study import Experiment, Study, load
+from iec_eval.study_plans import plan_study
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "paper"

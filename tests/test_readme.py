@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iec_eval.assembly import build, plan_study
 from iec_eval.cli.main import cli
 from iec_eval.options import validated
+from iec_eval.planning import build
 from iec_eval.plugins import load_registry
 from iec_eval.study import Study, load
+from iec_eval.study_plans import plan_study
 from iec_eval.testing import check_callback
 
 README = Path(__file__).parents[1] / "README.md"

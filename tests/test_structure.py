@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 import iec_eval.api
 from iec_eval import hookspecs, plugins
-from iec_eval.assembly import plan_metrics
 from iec_eval.cli.main import cli
 from iec_eval.controls import plan_with_controls
 from iec_eval.plugins import BASES, load_registry
 from iec_eval.study import load
+from iec_eval.study_plans import plan_metrics
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "iec_eval"
@@ -65,7 +65,9 @@ LAYERS = {
     "plugins": 9,
     "jackknife": 9,
     "calibration": 10,
+    "planning": 10,
     "assembly": 11,
+    "study_plans": 12,
     "results": 12,
     "cost": 12,
     "rivals": 13,

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from iec_eval.analysis.bench import Subject, correctors, uncorrected
-from iec_eval.assembly import Plan, plan_like
 from iec_eval.callbacks.iec import Ends, corrected_steps
 from iec_eval.cost import EvaluationCost, expected_evaluations
+from iec_eval.planning import Plan, plan_like
 from iec_eval.plugins import Registry
 from iec_eval.results import Variant, read_results
 from iec_eval.storage import write_text

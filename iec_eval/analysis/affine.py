@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iec_eval.assembly import Plan
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser, Step, denoise
 from iec_eval.errors import Incompatible
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
+from iec_eval.planning import Plan
 
 TOLERANCE = 1e-4  # of what a step makes of a displacement; some samplers compute in float32
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iec_eval.assembly import Assembly, Plan, calibrate, plan_like
+from iec_eval.assembly import Assembly, calibrate
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.iec import corrected_steps
 from iec_eval.denoising import Denoiser, Step, denoise
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
+from iec_eval.planning import Plan, plan_like
 from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
 from iec_eval.runs import RunFolder

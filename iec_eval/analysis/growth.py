@@ -21,8 +21,8 @@ from iec_eval.analysis.bench import (
 )
 from iec_eval.analysis.pieces import Pieces
 from iec_eval.analysis.question import Question
-from iec_eval.assembly import Plan
 from iec_eval.errors import Incompatible
+from iec_eval.planning import Plan
 from iec_eval.plugins import Registry
 
 GOOD_FIT = 0.9  # R^2 below which neither curve describes the growth

@@ -23,11 +23,11 @@ from iec_eval.analysis.affine import AffineStep, affine_steps
 from iec_eval.analysis.bench import Bench, Subject, correctors, full_precision_twin
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
-from iec_eval.assembly import Plan
 from iec_eval.cost import evaluation_cost, expected_evaluations
 from iec_eval.errors import ConfigError, UnknownName
 from iec_eval.jobs import Job
 from iec_eval.noise import Noise
+from iec_eval.planning import Plan
 from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
 from iec_eval.runs import RunFolder
