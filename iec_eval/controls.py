@@ -31,6 +31,7 @@ from iec_eval.study import (
     ROLES,
     Control,
     Experiment,
+    Lack,
     Relation,
     Study,
     free_name,
@@ -53,7 +54,8 @@ def plan_with_controls(
     with_parts = planner(study, registry, lacking)
     plans, refused = own_plans(study, with_parts)
     table = _Table(with_parts, [_Row(plan) for plan in plans])
-    table.own[0].lacks.extend(f"the control {complaint}" for complaint in refused.values())
+    for name, reason in refused.items():
+        table.own[0].lack("full-precision", f"the control {name}", reason)
     study.check_remarks([*(row.name for row in table.own), *refused])
     wanted = study.wanted_controls()
     for row in table.own:
@@ -69,12 +71,16 @@ class _Row:
 
     plan: Plan
     judge_of: dict[str, Relation] = field(default_factory=dict)
-    lacks: list[str] = field(default_factory=list)
+    lacks: list[Lack] = field(default_factory=list)
     added: list[_Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.plan.experiment.name
+
+    def lack(self, relation: Relation, what: str, reason: object) -> None:
+        """Note a row that should be there beside this one and cannot be had."""
+        self.lacks.append(Lack(relation=relation, what=what, reason=str(reason)))
 
     def planned(self) -> Plan:
         """The plan, which says what has been found out about the row."""
@@ -140,7 +146,7 @@ class _Table:
                 if plain and found and found is not plain:
                     plain.judge_of.setdefault(found.name, "base")
             except Exception as error:  # nobody has asked for this row: a part may refuse it
-                row.lacks.append(f"{ROLES[rival.relation]} {rival.name}: {error}")
+                row.lack(rival.relation, f"{ROLES[rival.relation]} {rival.name}", error)
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.
@@ -152,7 +158,8 @@ class _Table:
             cost = evaluation_cost(plain)
             target = expected_macs(plan, cost)
         except Exception as error:  # a callback that cannot be counted can still be run
-            row.lacks.append(f"equal-cost rivals: what the row costs cannot be counted: {error}")
+            reason = f"what the row costs cannot be counted: {error}"
+            row.lack("equal-cost", "equal-cost rivals", reason)
             return None
         corrected = Corrected(self.planner, plan, plain, cost, target)
         return corrected if target > corrected.macs(plain) else None
@@ -166,7 +173,7 @@ class _Table:
         try:
             self._judge(row, "stacking", experiment, owner)
         except ConfigError as error:
-            row.lacks.append(f"naive stacking: {error}")
+            row.lack("stacking", "naive stacking", error)
 
     def _judge(
         self,

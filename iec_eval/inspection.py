@@ -18,7 +18,7 @@ from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
 from iec_eval.slurm import Missing
-from iec_eval.study import ROLES, Relation, Study
+from iec_eval.study import ROLES, Lack, Relation, Study
 
 
 def assumed_tflops(study: Study) -> float:
@@ -176,7 +176,7 @@ def _row(
         "fingerprint": job.plan.fingerprint if job.plan.identity else None,
         "control": job.plan.experiment.control,
         "judge_of": job.plan.experiment.judge_of,
-        "lacks": job.plan.experiment.lacks,
+        "lacks": [lack.model_dump() for lack in job.plan.experiment.lacks],
         "parts": [part.name for part in job.plan.parts()],
         "artifacts": _artifacts(job, run),
         "simulated": job.plan.simulated,
@@ -198,7 +198,7 @@ def _row(
 def _row_as_text(row: dict[str, Any]) -> str:
     waiting = [artifact["part"] for artifact in row["artifacts"] if artifact["state"] == "missing"]
     calibration = f"; to calibrate: {', '.join(waiting)}" if waiting else ""
-    lacks = "".join(f"\n    lacks {rival}" for rival in row["lacks"])
+    lacks = "".join(f"\n    lacks {Lack(**lack)}" for lack in row["lacks"])
     return (
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "

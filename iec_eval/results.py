@@ -24,7 +24,7 @@ from pydantic import (
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.intervals import Interval
 from iec_eval.storage import atomic_path
-from iec_eval.study import Relation, full_precision
+from iec_eval.study import Lack, Relation, full_precision
 
 SCHEMA = 1
 
@@ -105,8 +105,8 @@ class Variant(_Part):
 
     ``error`` says why a row is not done; of a done one, why it lacks a metric that others have.
     ``doubt`` says why what the paper reports of the row is in doubt. ``judge_of`` names the rows
-    that are compared with this one, and what it is to each; ``lacks`` says which rivals it should
-    have had itself and why it has not; ``comparisons`` are this row's with its own judges. Files
+    that are compared with this one, and what it is to each; ``lacks`` are those that it should
+    have had itself and has not; ``comparisons`` are this row's with its own judges. Files
     from before these were there are read as having none.
     """
 
@@ -123,7 +123,7 @@ class Variant(_Part):
     status: Status = "done"
     error: str | None = None
     judge_of: dict[str, Relation] = Field(default_factory=dict)
-    lacks: list[str] = Field(default_factory=list)
+    lacks: list[Lack] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
 
     @model_validator(mode="after")

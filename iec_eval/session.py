@@ -96,8 +96,8 @@ def open_run(session: Session, *, retry: bool = True) -> None:
     with session.run.claims(session.study.execution.claim_timeout, session.launch) as claims:
         claims.tidy()
     for row in (job.plan.experiment for job in session.firsts):
-        for rival in row.lacks:
-            print(f"iec-eval: {row.name} lacks {rival}", file=sys.stderr)
+        for lack in row.lacks:
+            print(f"iec-eval: {row.name} lacks {lack}", file=sys.stderr)
     for job in session.jobs:
         if retry:
             job.folder.forget_failure(session.launch)

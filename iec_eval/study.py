@@ -201,17 +201,28 @@ class Study(BaseOptions):
         )
 
 
+class Lack(BaseOptions):
+    """A row that another should have beside it, as ``relation``, and ``reason`` why it has not."""
+
+    relation: Relation
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
 class Experiment(BaseOptions):
     """One row with everything that decides its images.
 
     ``judge_of`` names the rows that are to be compared with this one, and what it is to each;
-    ``lacks`` says which rivals the row itself should have and cannot, and why.
+    ``lacks`` are those that the row itself should have and cannot.
     """
 
     name: str
     control: bool
     judge_of: dict[str, Relation] = Field(default_factory=dict)
-    lacks: list[str] = Field(default_factory=list)
+    lacks: list[Lack] = Field(default_factory=list)
     model: Part
     sampler: Part
     efficiency: list[Part]

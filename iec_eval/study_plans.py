@@ -55,7 +55,7 @@ def own_plans(study: Study, planner: Planner) -> tuple[list[Plan], dict[str, str
         except ConfigError as error:
             if study.controls is not None or not row.callbacks:
                 raise
-            refused[row.name] = str(error)
+            refused[row.name] = str(error).removeprefix(f"{row.name}: ")
             continue
         if study.controls is not None or plan.fingerprint not in there:
             kept.append(plan)

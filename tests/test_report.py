@@ -50,7 +50,7 @@ from iec_eval.results import (
     with_deltas,
     with_relative_costs,
 )
-from iec_eval.study import Relation
+from iec_eval.study import Lack, Relation
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results"
 IEC = [{"name": "iec"}]
@@ -367,7 +367,8 @@ def test_a_verdict_without_controls_says_so() -> None:
     assert off.endswith("no equal-cost rival: controls are off.")
     (free,) = verdicts(toy(*plain(), corrected(), controls=["equal-cost"]))
     assert free.endswith("no equal-cost rival: the callbacks cost no more than their base.")
-    steps, shift = "equal-cost rival more steps: no", "zero-cost rival time shift: no"
+    steps = Lack(relation="equal-cost", what="equal-cost rival more steps", reason="no")
+    shift = Lack(relation="zero-cost", what="zero-cost rival time shift", reason="no")
     (lacking,) = verdicts(toy(*plain(), corrected(lacks=[steps]), controls=["equal-cost"]))
     assert lacking.endswith(
         "no equal-cost rival: none could be had; not held against equal-cost rival more steps "
@@ -911,9 +912,11 @@ def test_the_column_says_why_there_is_no_rival() -> None:
     second = rival.model_copy(update={"name": "second"})
     assert word(one, broken, second, controls=["equal-cost"]) == "not judged"
     assert word(one, controls=["equal-cost"]) == "costs no more"
-    lacking = one.model_copy(update={"lacks": ["equal-cost rival more steps: too few"]})
+    steps = Lack(relation="equal-cost", what="equal-cost rival more steps", reason="too few")
+    lacking = one.model_copy(update={"lacks": [steps]})
     assert word(lacking, controls=["equal-cost"]) == "none to be had"
-    other = one.model_copy(update={"lacks": ["zero-cost rival time shift: too few"]})
+    shift = Lack(relation="zero-cost", what="zero-cost rival time shift", reason="too few")
+    other = one.model_copy(update={"lacks": [shift]})
     assert word(other, controls=["equal-cost"]) == "costs no more"
     assert verdict_of(one, "base", controls=[]).word == "controls off"
     assert word(one, controls=None) == "not judged"  # files that do not say
@@ -921,7 +924,10 @@ def test_the_column_says_why_there_is_no_rival() -> None:
 
 def test_a_rival_that_is_missing_is_named_wherever_the_verdict_is() -> None:
     """Else the row would seem to have won against it."""
-    lacks = ["equal-cost rival smaller interval: no interval below 2"]
+    lacks = [
+        Lack(relation="equal-cost", what="equal-cost rival smaller interval", reason="no below 2"),
+        Lack(relation="stacking", what="naive stacking", reason="which is no rival"),
+    ]
     compared = [against("weak", "equal-cost", -1.0)]
     one = row("C", 2.0, 2e8, callbacks=IEC, comparisons=compared, lacks=lacks)
     weak = row("weak", 3.0, 2e8, judge_of={"C": "equal-cost"}, control=True)
@@ -934,6 +940,7 @@ def test_a_rival_that_is_missing_is_named_wherever_the_verdict_is() -> None:
     assert absent(one, study) == ["strong (failed)", missing]
     said = f"C is not held against strong (failed), {missing}. {lacks[0]}."
     assert said in table([study], "md")
+    assert "naive stacking" not in table([study], "md")
     assert said in html.unescape(report_page(study, [], {}))
     (found,) = verdicts(study)
     assert found.endswith(f"; not held against strong (failed), {missing}.")

@@ -76,7 +76,13 @@ LITERAL: dict[str, Any] = {
             "status": "done",
             "error": None,
             "judge_of": {},
-            "lacks": ["Heun: the sampler cannot be corrected"],
+            "lacks": [
+                {
+                    "relation": "equal-cost",
+                    "what": "equal-cost rival Heun",
+                    "reason": "the sampler cannot be corrected",
+                }
+            ],
             "comparisons": [
                 {
                     "versus": "cached",

@@ -12,7 +12,7 @@ from typing import Literal
 from iec_eval.intervals import LEVEL
 from iec_eval.report.wording import higher_is_better, pairings, quality_metric, with_interval
 from iec_eval.results import Comparison, Results, Variant
-from iec_eval.study import Relation
+from iec_eval.study import Lack, Relation
 
 Against = Literal["base", "equal-cost"]
 AGAINST: Mapping[Against, str] = {"base": "vs base", "equal-cost": "vs equal cost"}
@@ -99,7 +99,7 @@ def why_missing(row: Variant, against: Against, results: Results) -> str:
         return "not judged"  # a file from before rows said whom they judge
     if "equal-cost" not in results.controls:
         return "controls off"
-    if against == "base" or any(text.startswith(against) for text in row.lacks):
+    if against == "base" or any(one.relation == against for one in row.lacks):
         return "none to be had"
     return "costs no more"
 
@@ -116,8 +116,12 @@ def absent(row: Variant, results: Results) -> list[str]:
         for other in results.variants
         if other.judge_of.get(row.name) in RIVALS and other.status != "done"
     ]
-    kinds = [text.partition(":")[0] for text in row.lacks if text.startswith(RIVALS)]
-    return [*unfinished, *(f"{kind} (not to be had)" for kind in kinds)]
+    return [*unfinished, *(f"{one.what} (not to be had)" for one in not_to_be_had(row))]
+
+
+def not_to_be_had(row: Variant) -> list[Lack]:
+    """The rivals that a row should have and cannot."""
+    return [one for one in row.lacks if one.relation in RIVALS]
 
 
 def difference(found: Comparison, digits: int) -> str:

@@ -23,6 +23,7 @@ from iec_eval.report.judgements import (
     has_verdicts,
     held_against,
     judged,
+    not_to_be_had,
 )
 from iec_eval.report.wording import (
     NOTHING,
@@ -276,7 +277,7 @@ def _fewer_rivals(row: Row) -> Iterator[str]:
     """A note on a row that is held against fewer rivals than it should be, and why."""
     missing = absent(row.variant, row.results)
     if missing:
-        reasons = "".join(f" {text}." for text in row.variant.lacks)
+        reasons = "".join(f" {one}." for one in not_to_be_had(row.variant))
         yield f"{row.variant.name} is not held against {', '.join(missing)}.{reasons}"
 
 
