@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
+import json
 import re
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,3 +86,81 @@ def test_a_wrong_digit_and_a_wrong_row_are_noticed() -> None:
     assert not any(is_of(written, triple) for triple in estimates(PUBLISHED, other.name))
     written[1] = f"{low + 2e-6:.6f}"
     assert not any(is_of(written, triple) for triple in estimates(PUBLISHED))
+
+
+# --- figures 1 and 2 ----------------------------------------------------------------------------
+
+ANALYSIS = ROOT / "docs" / "results" / "analysis"
+
+
+def figures_rows() -> list[list[str]]:
+    """The cells of the table on what single steps do and how distances grow."""
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| spacing | row | norm"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :]]
+    return list(itertools.takewhile(lambda row: len(row) > 1, cells))
+
+
+def analysis_file(part: str, row: Sequence[str], suffix: str) -> Path:
+    name = row[1].lower().replace("n=", "n").replace(" ", "-")
+    return ANALYSIS / f"{part}-{name}-{row[0]}.{suffix}"
+
+
+@pytest.mark.parametrize("row", figures_rows(), ids=lambda row: f"{row[1]} {row[0]}")
+def test_the_norms_are_the_published_ones(row: Sequence[str]) -> None:
+    with analysis_file("spectral", row, "csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 20  # 10 steps of 2 images
+    assert {line["converged"] for line in lines} == {"True"}
+    norms = [float(line["norm_A_I_plus_B_J"]) for line in lines]
+    assert all(map(rounds_to, (max(norms), min(norms)), row[2].split(", ")))
+    prefix = "norm_grad_G_"
+    columns = [column for column in lines[0] if column.startswith(prefix)]
+    below = [
+        column.removeprefix(prefix)
+        for column in columns
+        if all(float(line[column]) < 1 for line in lines)
+    ]
+    assert f"{below[0]} to {below[-1]}" == row[3]
+    assert len(below) == columns.index(prefix + below[-1]) + 1  # none between is left out
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in figures_rows() if row[4]], ids=lambda row: f"{row[1]} {row[0]}"
+)
+def test_the_distances_and_fits_are_the_published_ones(row: Sequence[str]) -> None:
+    found = json.loads(analysis_file("growth", row, "json").read_text())
+    series = {(one["run"], one["versus"]): one for one in found["series"]}
+    plain = series["row", "full precision"]
+    corrected = series["row + correction", "full precision + correction"]
+    for one, cell in zip((plain, corrected), row[4:6], strict=True):
+        mean, median = re.findall(NUMBER, cell)
+        assert rounds_to(one["mean"][-1], mean)
+        assert rounds_to(statistics.median(one["distance"][-1]), median)
+    fit = plain["fit"]
+    assert row[6].startswith(fit["better"])
+    linear, exponential = re.findall(r"\d\.\d+", row[6])
+    assert rounds_to(fit["linear"]["r2"], linear)
+    assert rounds_to(fit["exponential"]["r2"], exponential)
+
+
+def test_single_images_are_fitted_as_the_page_says() -> None:
+    """Of 32 images of two rows: with quad spacing none by an exponential, with uniform 7."""
+
+    def fitted(spacing: str) -> Counter[str]:
+        count: Counter[str] = Counter()
+        for path in sorted(ANALYSIS.glob(f"growth-*-{spacing}.json")):
+            series = json.loads(path.read_text())["series"]
+            plain = next(
+                one for one in series if (one["run"], one["versus"]) == ("row", "full precision")
+            )
+            count.update(plain["fits_of_images"])
+        return count
+
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    quad, uniform = fitted("quad"), fitted("uniform")
+    assert sum(quad.values()) == sum(uniform.values()) == 32
+    assert "exponential" not in quad
+    assert f"none is ({quad['linear']} of 32 are by a line, {quad['neither']} by neither" in page
+    exponential, linear = uniform["exponential"], uniform["linear"]
+    assert f"uniform spacing {exponential} of 32 are, {linear} by a line" in page
