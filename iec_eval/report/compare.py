@@ -18,7 +18,7 @@ from typing import Any
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
 from iec_eval.intervals import Estimate, Interval
 from iec_eval.report.experiments import Run, apart, noise_of, one_noise, same_experiment
-from iec_eval.report.tables import markdown_table, markdown_text
+from iec_eval.report.markup import markdown_table, markdown_text
 from iec_eval.report.wording import (
     NOTHING,
     arrow,

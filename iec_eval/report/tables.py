@@ -5,10 +5,7 @@ A number never stands without its cost: the columns after the metrics are what a
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +14,6 @@ from iec_eval.errors import ConfigError
 from iec_eval.report.judgements import (
     AGAINST,
     Against,
-    Judged,
     absent,
     difference,
     has_verdicts,
@@ -25,6 +21,8 @@ from iec_eval.report.judgements import (
     judged,
     not_to_be_had,
 )
+from iec_eval.report.markup import latex_text, markdown_table, markdown_text
+from iec_eval.report.records import Row, as_csv, records, rows_of
 from iec_eval.report.wording import (
     NOTHING,
     arrow,
@@ -44,17 +42,7 @@ from iec_eval.report.wording import (
 )
 from iec_eval.results import Cost, Measurement, Results, Variant, require_one_protocol
 
-Record = dict[str, str | float | bool | None]
-
 _NAMES = ("study", "variant")  # headers of the columns that hold words
-
-
-@dataclass(frozen=True)
-class Row:
-    """A variant with the results it belongs to."""
-
-    results: Results
-    variant: Variant
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,7 @@ def table(results: Sequence[Results], form: str) -> str:
     if form == "latex":
         return _latex(grid(results))
     if form == "csv":
-        return _csv(records(results))
+        return as_csv(records(results))
     if form == "json":
         return json.dumps(records(results), indent=2, ensure_ascii=False) + "\n"
     raise ConfigError(f"table format {form!r}: wanted one of md, csv, json, latex")
@@ -110,7 +98,7 @@ def table(results: Sequence[Results], form: str) -> str:
 
 def grid(results: Sequence[Results]) -> Grid:
     """The table as text cells, for any form that people read."""
-    rows = [Row(document, variant) for document in results for variant in document.variants]
+    rows = rows_of(results)
     columns = [
         *([_Column("study", lambda row: row.results.study)] if len(results) > 1 else []),
         _Column("variant", lambda row: variant_label(row.variant)),
@@ -139,7 +127,7 @@ def _metric_column(name: str, rows: Sequence[Row]) -> _Column:
     header = name + (f" (N={min(counts)})" if is_fid(name) and len(counts) == 1 else "")
 
     def cell(row: Row) -> str:
-        text = _measured(_measurement(row, name), digits)
+        text = _measured(row.measurement(name), digits)
         return text if text == NOTHING or not is_fid(name) else text + _count(row, len(counts))
 
     return _Column(header + arrow(higher_is_better(name, *documents)), cell)
@@ -152,13 +140,8 @@ def _count(row: Row, counts: int) -> str:
     return f" (N={row.results.images})" if counts > 1 else ""
 
 
-def _measurement(row: Row, name: str) -> Measurement | None:
-    # whatever a failed row left behind is no result
-    return None if row.variant.status == "failed" else row.variant.metrics.get(name)
-
-
 def _values(name: str, rows: Sequence[Row]) -> list[float]:
-    found = [_measurement(row, name) for row in rows]
+    found = [row.measurement(name) for row in rows]
     return [one.value for one in found if one is not None and one.value is not None]
 
 
@@ -255,7 +238,7 @@ def _change_note(rows: Sequence[Row]) -> list[str]:
 
 def remarks(results: Sequence[Results]) -> list[str]:
     """What must be known to read the rows: costs, simulated arithmetic, doubts, verdicts."""
-    rows = [Row(document, variant) for document in results for variant in document.variants]
+    rows = rows_of(results)
     notes = []
     if any(row.variant.callbacks for row in rows):
         notes.append("Callbacks cost extra evaluations: compare rows at equal relative MACs.")
@@ -313,31 +296,8 @@ def _markdown(grid: Grid) -> str:
     return "\n\n".join([body, *map(markdown_text, grid.footnotes())]) + "\n"
 
 
-def markdown_table(lines: Sequence[Sequence[str]], *, words: int) -> str:
-    """Cells, the first line as head, as aligned Markdown; ``words`` columns hold no numbers."""
-    escaped = [[markdown_text(cell) for cell in line] for line in lines]
-    columns = [
-        _padded(column, left=place < words)
-        for place, column in enumerate(zip(*escaped, strict=True))
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
-
-
-def _padded(column: Sequence[str], *, left: bool) -> list[str]:
-    width = max(3, *map(len, column))
-    rule = "-" * width if left else "-" * (width - 1) + ":"
-    cells = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
-    return [cells[0], rule, *cells[1:]]
-
-
-def markdown_text(text: str) -> str:
-    """Text on one line, with what Markdown reads as marks escaped."""
-    # a "<" begins a tag only before these; "N<1000" stays as it is
-    return re.sub(r"([\\|*`]|<(?=[A-Za-z/!?]))", r"\\\1", " ".join(text.split()))
-
-
 def _latex(grid: Grid) -> str:
-    lines = [" & ".join(map(_latex_text, line)) + r" \\" for line in (grid.headers, *grid.cells)]
+    lines = [" & ".join(map(latex_text, line)) + r" \\" for line in (grid.headers, *grid.cells)]
     alignment = "".join("l" if header in _NAMES else "r" for header in grid.headers)
     return "\n".join(
         [
@@ -348,99 +308,7 @@ def _latex(grid: Grid) -> str:
             *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
-            *(rf"\par {{\footnotesize {_latex_text(note)}}}" for note in grid.footnotes()),
+            *(rf"\par {{\footnotesize {latex_text(note)}}}" for note in grid.footnotes()),
             "",
         ]
     )
-
-
-def _latex_text(text: str) -> str:
-    return " ".join(text.split()).translate(_LATEX)
-
-
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "[": "{[}",  # after a line's end it would be read as an optional length
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
-    }
-)
-
-
-def records(results: Sequence[Results]) -> list[Record]:
-    """One flat record per row with every number unrounded; all have the same keys."""
-    names = metric_names(results)
-    rows = [Row(document, variant) for document in results for variant in document.variants]
-    papers = list(dict.fromkeys(name for row in rows for name in row.variant.paper or {}))
-    found = [_record(row, names, papers) for row in rows]
-    if not any(row.variant.doubt for row in rows):
-        return found
-    return [{**one, "doubt": row.variant.doubt} for one, row in zip(found, rows, strict=True)]
-
-
-def _record(row: Row, names: Sequence[str], papers: Sequence[str]) -> Record:
-    variant = row.variant
-    cost = Cost() if variant.status == "failed" else variant.cost
-    record: Record = {
-        "study": row.results.study,
-        "variant": variant.name,
-        "fingerprint": variant.fingerprint,
-        "control": variant.control,
-        "simulated": variant.simulated,
-        "status": variant.status,
-        "error": variant.error,
-        "images": row.results.images,
-        "seeds": " ".join(map(str, row.results.seeds)) if row.results.seeds else None,
-    }
-    for name in names:
-        record |= _metric_record(name, _measurement(row, name) or Measurement(value=None))
-    for against in AGAINST:
-        record |= _verdict_record(against, judged(variant, against, row.results))
-    reported = variant.paper or {}
-    return record | cost.model_dump() | {f"paper_{name}": reported.get(name) for name in papers}
-
-
-def _metric_record(name: str, found: Measurement) -> Record:
-    low, high = found.ci95 or (None, None)
-    delta = found.delta
-    delta_low, delta_high = (delta.ci95 if delta else None) or (None, None)
-    return {
-        name: found.value,
-        f"{name}_spread": found.spread,
-        f"{name}_ci95_low": low,
-        f"{name}_ci95_high": high,
-        f"{name}_delta": delta.value if delta else None,
-        f"{name}_delta_versus": delta.versus if delta else None,
-        f"{name}_delta_spread": delta.spread if delta else None,
-        f"{name}_delta_ci95_low": delta_low,
-        f"{name}_delta_ci95_high": delta_high,
-    }
-
-
-def _verdict_record(against: Against, found: Judged) -> Record:
-    one = found.comparison
-    low, high = (one.ci95 if one else None) or (None, None)
-    key = f"versus_{against.replace('-', '_')}"
-    return {
-        key: one.versus if one else None,
-        f"{key}_metric": one.metric if one else None,
-        f"{key}_difference": one.value if one else None,
-        f"{key}_ci95_low": low,
-        f"{key}_ci95_high": high,
-        f"{key}_level": one.level if one else None,
-        f"{key}_verdict": found.word or None,
-    }
-
-
-def _csv(rows: Sequence[Record]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
