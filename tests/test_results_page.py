@@ -8,12 +8,14 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from iec_eval.results import Results, read_results
+from iec_eval.report.wording import with_interval
+from iec_eval.results import Results, Variant, read_results
+from iec_eval.study import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "correctors.md"]
@@ -88,6 +90,72 @@ def test_a_wrong_digit_and_a_wrong_row_are_noticed() -> None:
     assert not any(is_of(written, triple) for triple in estimates(PUBLISHED))
 
 
+# --- the table in short -------------------------------------------------------------------------
+
+FID = "fid-fashion"
+STUDIES = {
+    "DeepCache": "table2",
+    "W8A8": "table1",
+    "W4A8": "table1-w4a8",
+    "CacheQuant W8A8": "table3",
+    "CacheQuant W4A8": "table3-w4a8",
+    "full precision": "table5",
+}
+
+
+def table_under(head: str) -> list[list[str]]:
+    """The cells of the table of docs/results.md whose first line begins so."""
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :]]
+    return list(itertools.takewhile(lambda row: len(row) > 1, cells))
+
+
+def against(rows: Mapping[str, Variant], name: str, base: str) -> str:
+    """A row's difference to another as the table has it: bold where it can be told."""
+    found = next(one for one in rows[name].comparisons if one.versus == base and one.metric == FID)
+    if found.value == 0 and found.ci95 == (0, 0):
+        return "same images"
+    text = with_interval(found.value, found.ci95, 4, "+")
+    return text if found.judgement == "not distinguishable" else f"**{text}**"
+
+
+def in_short(method: str, spacing: str) -> list[str]:
+    """What the table says of a method, from the study of its table in the paper."""
+    family = re.sub(r" N=\d+", "", method)
+    results = read_results(ROOT / "docs" / "results" / f"{STUDIES[family]}-{spacing}.json")
+    rows = {row.name: row for row in results.variants}
+    plain, corrected = rows[method], rows[f"{method} + IEC"]
+    cost = (corrected.cost.macs_per_image or 0) / (plain.cost.macs_per_image or 1)
+    cells = [
+        f"{plain.metrics[FID].value:.3f}",
+        against(rows, corrected.name, method),
+        f"{cost:.2f}x",
+    ]
+    if method == "full precision":  # a control, which has no rivals
+        return [*cells, "", "", ""]
+    rivals = [row for row in results.variants if row.judge_of.get(corrected.name) == "equal-cost"]
+    best = min(rivals, key=lambda row: row.metrics[FID].value or 0)
+    label = best.name.rpartition(": ")[2]
+    free = [
+        against(rows, f"{method}: {name}", method) for name in ("scale-matched", "self-consistent")
+    ]
+    return [*cells, f"{label}: {against(rows, best.name, method)}", *free]
+
+
+@pytest.mark.parametrize("row", table_under("| method "), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_table_in_short_is_what_the_studies_found(row: Sequence[str]) -> None:
+    assert list(row[2:]) == in_short(row[0], row[1])
+
+
+def test_the_table_in_short_has_every_study_of_the_papers_tables() -> None:
+    published = {path.stem for path in (ROOT / "docs" / "results").glob("table*.json")}
+    named = {
+        f"{STUDIES[re.sub(r' N=[0-9]+', '', row[0])]}-{row[1]}" for row in table_under("| method ")
+    }
+    assert named == {name for name in published if "version" not in name}
+
+
 # --- figures 1 and 2 ----------------------------------------------------------------------------
 
 ANALYSIS = ROOT / "docs" / "results" / "analysis"
@@ -95,10 +163,7 @@ ANALYSIS = ROOT / "docs" / "results" / "analysis"
 
 def figures_rows() -> list[list[str]]:
     """The cells of the table on what single steps do and how distances grow."""
-    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| spacing | row | norm"))
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :]]
-    return list(itertools.takewhile(lambda row: len(row) > 1, cells))
+    return table_under("| spacing | row | norm")
 
 
 def analysis_file(part: str, row: Sequence[str], suffix: str) -> Path:
@@ -164,3 +229,14 @@ def test_single_images_are_fitted_as_the_page_says() -> None:
     assert f"none is ({quad['linear']} of 32 are by a line, {quad['neither']} by neither" in page
     exponential, linear = uniform["exponential"], uniform["linear"]
     assert f"uniform spacing {exponential} of 32 are, {linear} by a line" in page
+
+
+@pytest.mark.parametrize(
+    ("row", "name"), [("W8A8", "w8a8-quad"), ("DeepCache N=10", "deepcache-n10-quad")]
+)
+def test_the_study_of_a_budget_runs_what_was_recommended(row: str, name: str) -> None:
+    found = json.loads((ANALYSIS / f"recommendation-{name}.json").read_text())
+    study = load(str(ROOT / "configs" / "embedded" / "budgeted.yaml"))
+    (variant,) = (one for one in study.experiments() if one.name == f"{row} + IEC within 10 %")
+    assert variant.callbacks == found["callbacks"]
+    assert found["budget"] == 0.1
