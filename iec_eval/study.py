@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from iec_eval.errors import ConfigError, UnknownName
 from iec_eval.options import BaseOptions, validated
@@ -62,6 +68,14 @@ class ImagesSpec(BaseOptions):
         if any(seeds.count(seed) > 1 for seed in seeds):
             raise ValueError(f"seeds {seeds}: wanted each once")
         return {**values, "seed": seeds[0]} if seeds else values
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As it may be read again: with ``seeds``, without the ``seed`` that is one of them."""
+        found: dict[str, Any] = write(self)
+        if self.seeds is not None:
+            found.pop("seed", None)
+        return found
 
     def each(self) -> list[ImagesSpec]:
         """The same for each seed."""

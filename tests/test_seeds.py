@@ -231,11 +231,17 @@ def test_wrong_seeds_are_refused(
     assert complaint in found.output
 
 
-def test_a_study_of_seeds_can_be_written_and_read_again(tmp_path: Path, write_study: Write) -> None:
-    study = load(str(write_study(tmp_path, images={"seeds": SEEDS, "count": 4})))
-    assert study.images.seed == SEEDS[0]
-    again = ImagesSpec.model_validate({"seeds": SEEDS, "count": 4})
-    assert [one.seed for one in again.each()] == SEEDS
+@pytest.mark.parametrize("seeds", [[5, 6], [0, 7], [3]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_study_of_seeds_can_be_written_and_read_again(
+    seeds: list[int], whole: bool, tmp_path: Path, write_study: Write
+) -> None:
+    study = load(str(write_study(tmp_path, images={"seeds": seeds, "count": 4})))
+    assert study.images.seed == seeds[0]
+    written = study.model_dump(mode="json", exclude_defaults=not whole)
+    again = type(study).model_validate(written)
+    assert [one.seed for one in again.images.each()] == seeds
+    assert again == study
 
 
 # --- the mean of estimates ------------------------------------------------------------------------
