@@ -85,6 +85,35 @@ def _keyed(plan: Plan) -> list[tuple[EfficiencyMethod | DenoisingCallback, str]]
     return keyed
 
 
+def full_steps(
+    plan: Plan,
+    store: RunFolder,
+    *,
+    device: torch.device = CPU,
+    progress: Progress | None = None,
+) -> frozenset[int]:
+    """Steps that run the whole network; a schedule that is not calibrated yet is.
+
+    What else the row calibrates is not, unless the schedule is calibrated on it.
+    """
+    total, parts = len(plan.sampler.timesteps), plan.parts()
+    keys = [key for _, key in _keyed(plan)]
+    scheduling = [
+        i
+        for i, part in enumerate(parts)
+        if part.needs_calibration and len(part.full_steps(total, {})) < total
+    ]
+    first = max(scheduling) + 1 if scheduling else 0  # so many have to be calibrated
+    wanted = [key for part, key in zip(parts[:first], keys, strict=False) if part.needs_calibration]
+    if not all(map(store.has, wanted)):
+        _apply(plan, plan.model.load(), store, Calibrator(device, progress), first)
+    steps = frozenset(range(total))
+    for i, part in enumerate(parts):
+        artifact = obtain(part, keys[i], None, store) if i in scheduling else {}
+        steps &= frozenset(part.full_steps(total, artifact))
+    return steps
+
+
 def missing_artifacts(plan: Plan, store: RunFolder) -> list[str]:
     """Keys of the artifacts that are not calibrated yet, in order."""
     return [key for _, key in artifact_keys(plan) if not store.has(key)]
@@ -140,10 +169,12 @@ def _apply(
     network: nn.Module,
     store: ArtifactStore | None,
     calibrator: Calibrator | None = None,
+    parts: int | None = None,
 ) -> Assembly:
+    """All parts, or the first so many."""
     clock = Clock(len(plan.sampler.timesteps))
     earlier: list[DenoisingCallback] = []
-    for part, key in _keyed(plan):
+    for part, key in _keyed(plan)[:parts]:
         bench = None
         if calibrator is not None and part.needs_calibration:
             bench = calibrator.bench(plan, network, clock, key, store, earlier)

@@ -113,13 +113,14 @@ def stored_bytes(module: nn.Module) -> int:
     return inner + sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
-def expected_evaluations(plan: Plan) -> Evaluations:
+def expected_evaluations(plan: Plan, full_steps: frozenset[int] | None = None) -> Evaluations:
     """Evaluations of one image: full and cached ones, found by a run with a stand-in network.
 
-    A tolerance may stop corrections earlier than here, so it is an upper bound for K > 1.
+    ``full_steps`` are those of the calibrated row, where they are known; else as planned. A
+    tolerance may stop corrections earlier than here, so it is an upper bound for K > 1.
     """
     total = len(plan.sampler.timesteps)
-    clock = Clock(total, plan.planned_full_steps())
+    clock = Clock(total, plan.planned_full_steps() if full_steps is None else full_steps)
     if not plan.callbacks and type(plan.sampler).evaluate is Sampler.evaluate:
         full = len(clock.full_steps)  # one evaluation a step: nothing to find out
         return Evaluations(full, total - full)

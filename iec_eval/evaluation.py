@@ -12,7 +12,7 @@ import torch
 
 from iec_eval.cost import EvaluationCost
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
-from iec_eval.fingerprints import digest
+from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.intervals import Estimate, is_spread
 from iec_eval.jackknife import with_groups
 from iec_eval.jobs import Job, network_id, stored_features
@@ -151,7 +151,7 @@ def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
     """
     rows = {name: scored.row for name, scored in of_seeds.items()}
     first = next(iter(rows.values()))
-    identity = digest([row.fingerprint for row in rows.values()])
+    identity = fingerprint_over_seeds(row.fingerprint for row in rows.values())
     errors = [f"{name}: {row.error}" for name, row in rows.items() if row.error]
     found = {"fingerprint": identity, "error": "; ".join(errors) or None}
     states = {row.status for row in rows.values()}

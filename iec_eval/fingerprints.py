@@ -68,3 +68,8 @@ def row_fingerprint(
         "batching": None if batching is None else dict(batching),
     }
     return digest(content)
+
+
+def fingerprint_over_seeds(of_seeds: Iterable[str]) -> str:
+    """Hex digest of a row of results that was made for several seeds, from those of each."""
+    return digest(list(of_seeds))

@@ -550,18 +550,19 @@ def test_the_ablation_plot_shows_differences_with_their_intervals(
 ) -> None:
     gap = {"value": -0.5, "ci95": [-0.75, -0.125], "judgement": "better"}
     measured = [
-        {"overhead": 0.0, "metrics": {"fid": 3.0}, "differences": {}},
-        {"overhead": 0.5, "metrics": {"fid": 2.5}, "differences": {"fid": gap}},
+        {"overhead": 0.0, "metrics": {"is": 1.0, "fid": 3.0}, "differences": {}},
+        {"overhead": 0.5, "metrics": {"is": 1.5, "fid": 2.5}, "differences": {"fid": gap}},
     ]
     rows = [{"label": str(n), "measured": one} for n, one in enumerate(measured)]
-    assert plots.ablation_plot({"choices": rows}) == "<svg>"
+    assert plots.ablation_plot({"choices": rows, "quality": "fid"}) == "<svg>"
     (drawn,) = figures[0].axes[0].containers
     point, _, (bar,) = drawn.lines
     assert (point.get_xdata(), point.get_ydata()) == ([50], [-0.5])
     assert bar.get_segments()[0][:, 1].tolist() == [-0.75, -0.125]
-    assert plots.ablation_plot({"choices": rows[:1]}) == "<svg>"
+    assert plots.ablation_plot({"choices": rows[:1], "quality": "fid"}) == "<svg>"
     assert figures[1].axes[0].containers[0].lines[0].get_ydata() == [3.0]
-    assert plots.ablation_plot({"choices": [{"label": "0", "measured": None}]}) is None
+    none = {"choices": [{"label": "0", "measured": None}], "quality": None}
+    assert plots.ablation_plot(none) is None
 
 
 def test_a_step_that_does_not_move_leaves_a_gap_in_the_residuals(

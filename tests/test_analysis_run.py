@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import Result
 
-from iec_eval.analysis import growth, residuals
-from iec_eval.analysis.bench import Bench, full_precision_twin
+from iec_eval.analysis import ablation, growth, residuals
+from iec_eval.analysis.bench import Bench, Subject, corrected_twin
 from iec_eval.analysis.pieces import Pieces
-from iec_eval.cost import expected_evaluations
+from iec_eval.assembly import calibrate, missing_artifacts
+from iec_eval.cost import evaluation_cost, expected_evaluations
+from iec_eval.noise import Noise
+from iec_eval.planning import Plan
 from iec_eval.plugins import load_registry
+from iec_eval.progress import Progress
 from iec_eval.results import read_results
+from iec_eval.runs import RunFolder
 from iec_eval.study import load
 from iec_eval.study_plans import plan_study
 
@@ -132,6 +138,47 @@ def test_growth(analyzed: tuple[Path, Result]) -> None:
     assert max(plain["distance"][-1]) > 0
 
 
+def subject_of(plan: Plan, folder: Path) -> Subject:
+    """The row as the analysis has it, its schedule calibrated if it has to be."""
+    bench = Bench(RunFolder(folder / "run"), torch.device("cpu"), Progress("", visible=False))
+    return Subject("row", folder, plan, bench.full_steps(plan))
+
+
+def test_a_calibrated_schedule_says_where_corrections_are(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """DPS chooses the full steps; as many uniform ones are planned before it has."""
+    cache = {"name": "deepcache", "interval": 4, "cut": 2, "schedule": "dps"}
+    row = {**IEC_ROW, "extends": None, "efficiency": [cache, {"name": "timestep-quantizer"}]}
+    study = load(
+        str(
+            write_study(
+                tmp_path,
+                variants=[row],
+                sampler={"name": "ddim", "steps": 14, "spacing": "quad"},
+                calibration={"seed": 1, "images": 4},
+            )
+        )
+    )
+    registry = load_registry()
+    (plan,) = plan_study(study, registry)
+    subject = subject_of(plan, tmp_path)
+    # the quantizer is not calibrated for it
+    assert len(missing_artifacts(plan, RunFolder(tmp_path / "run"))) == 1
+    full = calibrate(plan, RunFolder(tmp_path / "run")).clock.full_steps
+    assert full != plan.planned_full_steps()
+    assert subject.full_steps == full
+    assert subject_of(plan, tmp_path).full_steps == full  # from what is kept
+    twin = corrected_twin(subject, registry)
+    assert twin.experiment.callbacks == [{"name": "iec", "where": sorted(full)}]
+    made = {choice.label: choice for choice in ablation.choices(subject, registry)}
+    assert made["last"].where == [max(full)]
+    cost = evaluation_cost(plan)
+    found = ablation.overheads(subject, [*made.values()], cost, tmp_path / "none.json")
+    counts = {one["label"]: one["evaluations_full"] for one in found["choices"]}
+    assert counts["last"] == counts["none"] + 1
+
+
 @pytest.mark.parametrize("where", ["full", {"ends": "1/4"}, "all", [0, 2]])
 def test_the_twin_is_corrected_where_the_row_is(
     where: Any, write_study: Callable[..., Path], tmp_path: Path
@@ -143,7 +190,7 @@ def test_the_twin_is_corrected_where_the_row_is(
     ]
     study = load(str(write_study(tmp_path, variants=rows)))
     _, plan = plan_study(study, load_registry())
-    twin = full_precision_twin(plan, load_registry(), corrects=True)
+    twin = corrected_twin(subject_of(plan, tmp_path), load_registry())
     counts = [expected_evaluations(one) for one in (plan, twin)]
     steps = [c.full + c.cached - len(plan.sampler.timesteps) for c in counts]
     assert steps[0] == steps[1] > 0
@@ -346,8 +393,9 @@ def test_the_ablation_is_a_study_that_runs(
     assert said in " ".join(told.stdout.split())
 
 
+@pytest.mark.parametrize("images", [{"seed": 7}, {"seeds": [5, 6]}, {"seeds": [3]}], ids=str)
 def test_rows_of_the_study_itself_are_measured_choices(
-    write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+    images: dict[str, Any], write_study: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:
     quantized = {k: v for k, v in QUANTIZED.items() if k != "callbacks"} | {"name": "quantized"}
     last = {**QUANTIZED, "name": "last", "callbacks": [{"name": "iec", "where": [4]}]}
@@ -355,7 +403,7 @@ def test_rows_of_the_study_itself_are_measured_choices(
         tmp_path,
         variants=[quantized, QUANTIZED, last],
         calibration={"seed": 1, "images": 4},
-        images={"count": 4},
+        images={**images, "count": 4},
     )
     out, rows = tmp_path / "out", ["--rows", "quantized + IEC"]
     assert cli("launch", path, "-o", out).exit_code == 0
@@ -368,6 +416,39 @@ def test_rows_of_the_study_itself_are_measured_choices(
     assert measured["every full step"]["overhead"] == pytest.approx(1)
     results = {row.name: row for row in read_results(out / "results.json").variants}
     assert measured["last"]["metrics"]["fid-toy"] == results["last"].metrics["fid-toy"].value
+    again = load(str(out / "analysis" / "ablation.yaml")).images
+    assert again == load(str(path)).images
+
+
+def test_what_was_scored_is_told_in_the_metric_of_quality() -> None:
+    """That of the verdicts, wherever it stands among the metrics."""
+    gaps = {"is": {"judgement": "better"}, "fid": {"judgement": "worse"}}
+    choices = [{"label": "full", "measured": {"differences": gaps}}]
+    found = {"choices": [{"label": "none", "measured": None}, *choices], "quality": "fid"}
+    assert ablation.judgements(found) == {"worse": ["full"]}
+    assert ablation.judgements({**found, "quality": None}) == {}
+
+
+def test_no_image_of_a_calibration_is_analyzed(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever the seeds: those of images and calibration may be the same."""
+    row = {"name": "plain"}
+    started = []
+    for seed in (1, 2):
+        path = write_study(
+            tmp_path,
+            variants=[row],
+            images={"seed": seed, "count": 4},
+            calibration={"seed": 1, "images": 3},
+        )
+        (plan,) = plan_study(load(str(path)), load_registry())
+        bench = Bench(RunFolder(tmp_path / "run"), torch.device("cpu"), Progress("", visible=False))
+        started.append(bench.trajectory(plan, 2)[0])
+        used = [Noise(1, range(3), plan.model.shape, calibration=True).initial()]
+        used.append(Noise(seed, range(4), plan.model.shape).initial())
+        for noise in torch.cat(used):
+            assert not any(torch.equal(noise, image) for image in started[-1])
 
 
 def test_overheads_of_table_5(write_study: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import VARIANTS, Toy
 
 from iec_eval.intervals import GROUPS, Estimate
 from iec_eval.results import Results, Variant, read_results
-from iec_eval.study import ImagesSpec, load
+from iec_eval.study import load
 
 SEEDS = [7, 3]
 Cli = Callable[..., Result]

@@ -17,8 +17,10 @@ import yaml
 from iec_eval.analysis.bench import Subject, correctors, uncorrected
 from iec_eval.callbacks.iec import Ends, corrected_steps
 from iec_eval.cost import EvaluationCost, expected_evaluations
+from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.planning import Plan, plan_like
 from iec_eval.plugins import Registry
+from iec_eval.report.wording import quality_metric
 from iec_eval.results import Variant, read_results
 from iec_eval.storage import write_text
 from iec_eval.study import Study
@@ -28,12 +30,16 @@ SHARES = ("1/4", "1/8", "1/10", "1/20")
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of the ablation: where it corrects (None: nowhere), and its plan."""
+    """A row of the ablation: where it corrects (None: nowhere), and its plan.
+
+    ``fingerprint`` is that of its row in results, over all seeds if the study has several.
+    """
 
     name: str
     label: str
     where: Any
     plan: Plan
+    fingerprint: str
 
 
 def choices(subject: Subject, registry: Registry) -> list[Choice]:
@@ -41,18 +47,30 @@ def choices(subject: Subject, registry: Registry) -> list[Choice]:
 
     Of choices that come down to the same steps (two shares of a short run, say) the first is kept.
     """
-    plan = subject.plan
-    full = plan.planned_full_steps()
-    total = len(plan.sampler.timesteps)
-    made = [Choice(f"{subject.name}, none", "none", None, uncorrected(plan, registry))]
+    plan, full = subject.plan, subject.full_steps
+
+    def choice(label: str, where: Any, changed: Plan) -> Choice:
+        fingerprint = _over_seeds(changed, registry)
+        return Choice(f"{subject.name}, {label}", label, where, changed, fingerprint)
+
+    made = [choice("none", None, uncorrected(plan, registry))]
     seen: set[frozenset[int]] = {frozenset()}
     for label, where in _places(full):
-        steps = _steps(where, full, total)
+        steps = _steps(where, full, subject.total)
         if steps not in seen:
             seen.add(steps)
             changed = plan_like(plan, registry, callbacks=_callbacks(plan, where))
-            made.append(Choice(f"{subject.name}, {label}", label, where, changed))
+            made.append(choice(label, where, changed))
     return made
+
+
+def _over_seeds(plan: Plan, registry: Registry) -> str:
+    images = plan.experiment.images
+    if images.seeds is None:
+        return plan.fingerprint
+    return fingerprint_over_seeds(
+        plan_like(plan, registry, images=one).fingerprint for one in images.each()
+    )
 
 
 def _places(full: frozenset[int]) -> list[tuple[str, Any]]:
@@ -112,10 +130,10 @@ def overheads(
     measured = read_results(results) if results.is_file() else None
     done = [row for row in (measured.variants if measured else []) if row.status == "done"]
     none = _result(chosen[0], done)
-    plain = _macs(chosen[0].plan, cost)
+    plain = _macs(chosen[0].plan, subject, cost)
     rows = []
     for choice in chosen:
-        counts = expected_evaluations(choice.plan)
+        counts = expected_evaluations(choice.plan, subject.full_steps)
         macs = cost.macs(counts.full, counts.cached)
         rows.append(
             {
@@ -132,12 +150,13 @@ def overheads(
         "row": subject.name,
         "fingerprint": subject.plan.fingerprint,
         "images": measured.images if measured else None,
+        "quality": quality_metric(measured) if measured else None,
         "choices": rows,
     }
 
 
 def judgements(found: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    """Of what :func:`overheads` gave, the choices by the judgement on their first metric.
+    """Of what :func:`overheads` gave, the choices by the judgement on the metric of quality.
 
     Against no correction: ``better``, ``worse`` or ``not distinguishable``. Empty before the study
     has run, or without an ablation.
@@ -145,7 +164,7 @@ def judgements(found: Mapping[str, Any] | None) -> dict[str, list[str]]:
     by: dict[str, list[str]] = {}
     for choice in found["choices"][1:] if found else []:
         differences = (choice["measured"] or {}).get("differences", {})
-        said = next((one["judgement"] for one in differences.values()), None)
+        said = differences.get(found["quality"], {}).get("judgement") if found else None
         if said is not None:
             by.setdefault(said, []).append(choice["label"])
     return by
@@ -157,13 +176,13 @@ def _result(choice: Choice, done: Sequence[Variant]) -> Variant | None:
     What a run's batching decides too has a fingerprint of that run: there the name must do.
     """
     by_name = any(callback.depends_on_batch for callback in choice.plan.callbacks)
-    wanted = choice.name if by_name else choice.plan.fingerprint
+    wanted = choice.name if by_name else choice.fingerprint
     found = {row.name if by_name else row.fingerprint: row for row in done}
     return found.get(wanted)
 
 
-def _macs(plan: Plan, cost: EvaluationCost) -> float:
-    counts = expected_evaluations(plan)
+def _macs(plan: Plan, subject: Subject, cost: EvaluationCost) -> float:
+    counts = expected_evaluations(plan, subject.full_steps)
     return cost.macs(counts.full, counts.cached)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iec_eval.assembly import Assembly, calibrate
+from iec_eval.assembly import Assembly, calibrate, full_steps
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.iec import corrected_steps
 from iec_eval.denoising import Denoiser, Step, denoise
@@ -27,11 +27,15 @@ PAPER: Part = {"name": "iec", "preset": "paper"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A row that is analyzed, and the folder its results go to."""
+    """A row that is analyzed, and the folder its results go to.
+
+    ``full_steps`` run the whole network; as planned, until it is known what calibration chooses.
+    """
 
     name: str
     folder: Path
     plan: Plan
+    full_steps: frozenset[int]
 
     @property
     def total(self) -> int:
@@ -67,24 +71,46 @@ def corrected(plan: Plan, registry: Registry) -> Plan:
     return plan_like(plan, registry, callbacks=[*plan.experiment.callbacks, PAPER])
 
 
-def full_precision_twin(plan: Plan, registry: Registry, *, corrects: bool = False) -> Plan:
-    """The row's sampler with the plain network, and, if it ``corrects``, the row's corrector.
+def full_precision_twin(plan: Plan, registry: Registry) -> Plan:
+    """The row's sampler with the plain network."""
+    return plan_like(plan, registry, efficiency=[], callbacks=[])
+
+
+def corrected_twin(subject: Subject, registry: Registry) -> Plan:
+    """The row's sampler with the plain network and the row's corrector, else the paper's.
 
     IEC corrects the same steps in both, those that are full in the row.
     """
+    plan = subject.plan
     parts = plan.experiment.callbacks
-    own = [_at_steps_of(plan, parts[i], callback.options) for i, callback in correctors(plan)]
-    callbacks = own or [_at_steps_of(plan, PAPER)]
-    return plan_like(plan, registry, efficiency=[], callbacks=callbacks if corrects else [])
+    own = [_at_steps_of(subject, parts[i], callback.options) for i, callback in correctors(plan)]
+    callbacks = own or [_at_steps_of(subject, PAPER)]
+    return plan_like(plan, registry, efficiency=[], callbacks=callbacks)
 
 
-def _at_steps_of(plan: Plan, part: Part, options: Any = None) -> Part:
+def _at_steps_of(subject: Subject, part: Part, options: Any = None) -> Part:
     """IEC with the steps listed that it corrects in this row; the part as it is if all are full."""
-    full, total = plan.planned_full_steps(), len(plan.sampler.timesteps)
+    full, total = subject.full_steps, subject.total
     if part["name"] != PAPER["name"] or len(full) == total:
         return part
     where = "full" if options is None else options.where
     return {**part, "where": sorted(corrected_steps(where, total, full))}
+
+
+def first_image(plan: Plan) -> int:
+    """Where the indices of the analyzed noise begin.
+
+    It is a calibration's noise, since what is recommended must not be fitted to images that are
+    scored; where both seeds are the same, it begins after what the row's methods were shown.
+    """
+    row = plan.experiment
+    return row.calibration.images if row.calibration.seed == row.images.seed else 0
+
+
+def question_of(plan: Plan, **more: Any) -> dict[str, Any]:
+    """What decides a measurement of a row, for the name of its file."""
+    first = first_image(plan)
+    return {"fingerprint": plan.fingerprint, **({"first_image": first} if first else {}), **more}
 
 
 class Bench:
@@ -97,6 +123,14 @@ class Bench:
         self.device, self.progress = device, progress
         self._run = run
         self._current: Assembly | None = None
+
+    def full_steps(self, plan: Plan) -> frozenset[int]:
+        """Steps that run the row's whole network; a schedule is calibrated if need be."""
+        steps = Progress("calibration steps", visible=self.progress.visible)
+        try:
+            return full_steps(plan, self._run, device=self.device, progress=steps)
+        finally:
+            steps.close()
 
     def assembly(self, plan: Plan) -> Assembly:
         """The row's network on the bench's device."""
@@ -128,8 +162,9 @@ class Bench:
         callbacks = [*before, *self.assembly(plan).plan.callbacks, *after]
         with torch.no_grad():
             seed, shape = plan.experiment.images.seed, plan.model.shape
-            # what is recommended must not be fitted to images that are scored
-            noise = Noise(seed, range(images), shape, self.device, calibration=True)
+            start = first_image(plan)
+            indices = range(start, start + images)
+            noise = Noise(seed, indices, shape, self.device, calibration=True)
             return denoise(plan.sampler, denoiser, noise, callbacks)
 
     def trajectory(self, plan: Plan, images: int) -> Tensor:

@@ -16,7 +16,9 @@ from iec_eval.analysis.bench import (
     Bench,
     Subject,
     corrected,
+    corrected_twin,
     full_precision_twin,
+    question_of,
     uncorrected,
 )
 from iec_eval.analysis.pieces import Pieces
@@ -40,7 +42,7 @@ def trajectories(subject: Subject, registry: Registry) -> tuple[dict[str, Plan],
     }
     try:
         found["row + correction"] = corrected(plan, registry)
-        found["full precision + correction"] = full_precision_twin(plan, registry, corrects=True)
+        found["full precision + correction"] = corrected_twin(subject, registry)
     except Incompatible as error:
         return {key: run for key, run in found.items() if "correction" not in key}, str(error)
     return found, None
@@ -48,7 +50,7 @@ def trajectories(subject: Subject, registry: Registry) -> tuple[dict[str, Plan],
 
 def states_file(plan: Plan, question: Question, subject: Subject) -> Pieces:
     """Where the states of a run are kept; runs that rows share are kept once, beside the rows."""
-    key = {"fingerprint": plan.fingerprint, "images": question.images}
+    key = question_of(plan, images=question.images)
     return Pieces(subject.folder.parent, "trajectory", key)
 
 

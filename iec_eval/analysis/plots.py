@@ -155,7 +155,7 @@ def recommendation_plot(found: Found) -> str | None:
 
 
 def ablation_plot(found: Found) -> str | None:
-    """The first metric's difference to no correction, with its interval, against overhead.
+    """The difference in quality to no correction, with its interval, against overhead.
 
     The metric itself where no difference is known; None before the ablation was run.
     """
@@ -163,7 +163,9 @@ def ablation_plot(found: Found) -> str | None:
     scored = [row for row in scored if row["measured"]["overhead"] is not None]
     if not scored:
         return None
-    metric = next(iter(scored[0]["measured"]["metrics"]))
+    metric = found["quality"]
+    if metric is None:
+        return None
     compared = [row for row in scored if metric in row["measured"]["differences"]]
 
     def draw(axes: Axes) -> None:
@@ -185,7 +187,7 @@ def _score(measured: Found, metric: str) -> tuple[float | None, list[list[float]
     """Difference and its error bars, as matplotlib takes them; else the metric without bars."""
     gap = measured["differences"].get(metric)
     if gap is None:
-        return measured["metrics"][metric], None
+        return measured["metrics"].get(metric), None
     if gap["ci95"] is None:
         return gap["value"], None
     low, high = gap["ci95"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iec_eval.analysis.bench import Bench, Subject, correctors
+from iec_eval.analysis.bench import Bench, Subject, correctors, question_of
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
 from iec_eval.callbacks.base import DenoisingCallback
@@ -159,7 +159,7 @@ def run(
 
 def pieces_of(subject: Subject, question: Question) -> Pieces:
     """Where the residuals of a row are kept; which steps were asked for does not matter."""
-    key = {"fingerprint": subject.plan.fingerprint, "images": question.images}
+    key = question_of(subject.plan, images=question.images)
     return Pieces(subject.folder, "residuals", key)
 
 

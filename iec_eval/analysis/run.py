@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ def analyze(
     rows = _rows(jobs, run, question)
     asked = Analysis(study, run, registry, question, rows, _with_twins(rows, registry, run), tell)
     _check(asked)
-    work = _missing(asked)
     bench = Bench(run, ranks.first_device(study.execution), asked.progress)
+    asked = _with_schedules(asked, bench)
+    work = _missing(asked)
     if work:
         tell(_price(asked, work, bench))
     try:
@@ -131,7 +132,7 @@ def _rows(jobs: Sequence[Job], run: RunFolder, question: Question) -> list[Subje
 
 def _subject(name: str, plan: Plan, run: RunFolder) -> Subject:
     folder = run.variant(name, plan.fingerprint).path.name
-    return Subject(name, run.path / "analysis" / folder, plan)
+    return Subject(name, run.path / "analysis" / folder, plan, plan.planned_full_steps())
 
 
 def _with_twins(rows: Sequence[Subject], registry: Registry, run: RunFolder) -> list[Subject]:
@@ -141,6 +142,16 @@ def _with_twins(rows: Sequence[Subject], registry: Registry, run: RunFolder) -> 
         twin = full_precision_twin(row.plan, registry)
         found.setdefault(twin.fingerprint, _subject("full precision", twin, run))
     return list(found.values())
+
+
+def _with_schedules(asked: Analysis, bench: Bench) -> Analysis:
+    """The same, the rows with the steps that calibration makes full: corrections follow them."""
+    if not {"growth", "ablation"} & set(asked.question.parts):
+        return asked
+    rows = [replace(row, full_steps=bench.full_steps(row.plan)) for row in asked.rows]
+    known = {row.plan.fingerprint: row for row in rows}
+    subjects = [known.get(one.plan.fingerprint, one) for one in asked.subjects]
+    return replace(asked, rows=rows, subjects=subjects)
 
 
 def _check(asked: Analysis) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iec_eval.analysis.affine import AffineStep
-from iec_eval.analysis.bench import Bench, Subject
+from iec_eval.analysis.bench import Bench, Subject, question_of
 from iec_eval.analysis.jacobian import Jacobian
 from iec_eval.analysis.lanczos import TOLERANCE, Product, largest_singular_values
 from iec_eval.analysis.pieces import Pieces, step_name
@@ -150,13 +150,13 @@ class SpectralProbe(DenoisingCallback):
 
 def pieces_of(subject: Subject, question: Question) -> Pieces:
     """Where the norms of a row are kept; which steps were asked for does not matter."""
-    key = {
-        "fingerprint": subject.plan.fingerprint,
-        "images": question.spectral_images,
-        "lambdas": list(question.lambdas),
-        "iterations": question.iterations,
-        "tolerance": TOLERANCE,
-    }
+    key = question_of(
+        subject.plan,
+        images=question.spectral_images,
+        lambdas=list(question.lambdas),
+        iterations=question.iterations,
+        tolerance=TOLERANCE,
+    )
     return Pieces(subject.folder, "spectral", key)
 
 
