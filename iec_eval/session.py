@@ -14,6 +14,7 @@ from iec_eval import study as studies
 from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
 from iec_eval.evaluation import networks
+from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.jobs import Job, by_row
 from iec_eval.metrics.base import Metric
 from iec_eval.planning import plan_like
@@ -43,6 +44,16 @@ class Session:
     def rows(self) -> list[list[Job]]:
         """The jobs of each row, one for each seed."""
         return by_row(self.jobs)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each row, by name, the fingerprint that it has in results."""
+        of_seeds = {
+            jobs[0].plan.experiment.name: [j.plan.fingerprint for j in jobs] for jobs in self.rows
+        }
+        if self.study.images.seeds is None:
+            return {name: found[0] for name, found in of_seeds.items()}
+        return {name: fingerprint_over_seeds(found) for name, found in of_seeds.items()}
 
     @property
     def firsts(self) -> list[Job]:

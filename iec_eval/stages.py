@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from iec_eval import processes, provenance, ranks
+from iec_eval.analysis.bench import full_precision_twin
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
 from iec_eval.comparisons import with_comparisons
@@ -179,7 +180,10 @@ def report(session: Session, results: Results) -> list[Path]:
     )
     write_json(folder / "manifest.json", made)
     rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
-    paths = write_report(folder, results, rows, made, columns=SHOWN)
+    plans = [job.plan for job in session.jobs]
+    twins = [full_precision_twin(plan, session.registry) for plan in plans]  # analyzed beside them
+    current = {plan.fingerprint for plan in (*plans, *twins)}
+    paths = write_report(folder, results, rows, made, columns=SHOWN, current=current)
     influence = [file for file in [folder / INFLUENCE] if file.is_file()]
     return [folder / "results.json", *influence, *paths, folder / "manifest.json"]
 

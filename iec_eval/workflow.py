@@ -15,7 +15,7 @@ import yaml
 from iec_eval import hub, inspection, pictures, processes, slurm, stages
 from iec_eval.analysis.question import Question
 from iec_eval.analysis.run import analyze as analyze_rows
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.generation import set_threads, use_all_threads
 from iec_eval.images import ImagePreparation
 from iec_eval.influence import read_estimates
@@ -26,7 +26,7 @@ from iec_eval.report.compare import compare as compare_runs
 from iec_eval.report.experiments import Run
 from iec_eval.report.scaling import scaling_as_text
 from iec_eval.report.tables import table as results_table
-from iec_eval.results import read_results, require_one_protocol
+from iec_eval.results import Results, read_results, require_one_protocol
 from iec_eval.session import Session, list_rows, open_run, prepare
 from iec_eval.storage import write_json, write_text
 from iec_eval.training.card import card_as_text
@@ -89,10 +89,33 @@ def evaluate(source: str, overrides: Sequence[str], out: Path | None) -> Outcome
 
 
 def report(source: str, overrides: Sequence[str], out: Path | None) -> list[Path]:
-    """Write the report again from results.json and the images."""
+    """Write the report again from results.json and the images.
+
+    Raises Incompatible if the results are not those of the study as it is now.
+    """
     session = prepare(source, overrides, out)
-    results = read_results(session.run.path / "results.json")
+    path = session.run.path / "results.json"
+    results = read_results(path)
+    _require_same(session, results, path)
     return stages.report(session, results)
+
+
+def _require_same(session: Session, results: Results, path: Path) -> None:
+    """Numbers of one configuration must not stand under another."""
+    scored = {row.name: row.fingerprint for row in results.variants}
+    wanted = session.fingerprints
+    others = [name for name in {**wanted, **scored} if scored.get(name) != wanted.get(name)]
+    count = session.study.images.count
+    if others:
+        rows = ", ".join(map(repr, others[:3])) + (", ..." if len(others) > 3 else "")
+        what = f"has not the rows that the study has now ({rows})"
+    elif results.images != count:
+        what = f"is of {results.images:,} images a row, the study of {count:,}"
+    else:
+        return
+    raise Incompatible(
+        f"report: {path} {what}; evaluate the study first, or report on it as it was"
+    )
 
 
 def table(folders: Sequence[Path], form: str) -> str:

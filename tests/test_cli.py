@@ -336,6 +336,32 @@ def test_report_writes_its_files_again(
     assert (out / "results.json").read_bytes() == results
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (["-s", "images.seed=9"], "has not the rows that the study has now ('"),
+        (["-s", "sampler.steps=4"], "has not the rows that the study has now ('"),
+        (["-s", "variants.0.name=another"], "('another'"),
+        (["-s", "images.count=12"], "is of 10 images a row, the study of 12"),
+    ],
+    ids=str,
+)
+def test_report_does_not_put_old_numbers_under_a_new_configuration(
+    change: list[str],
+    complaint: str,
+    cli: Cli,
+    write_study: Write,
+    finished: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    told = refusal(cli("report", write_study(tmp_path), "-o", out, *change))
+    assert complaint in told
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+
+
 def test_evaluate_scores_again(
     cli: Cli, write_study: Write, finished: Path, tmp_path: Path
 ) -> None:

@@ -689,6 +689,16 @@ def test_write_report_without_images_makes_no_gallery(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["table.md", "report.html"]
 
 
+def test_pictures_that_there_is_nothing_for_any_more_are_deleted(tmp_path: Path) -> None:
+    rows = [("Full", pictures(9)), ("Cached", pictures(9))]
+    write_report(tmp_path, small(), rows, {})
+    assert (tmp_path / "gallery-difference.png").exists()
+    write_report(tmp_path, small(), rows[1:], {})
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gallery.png"]
+    write_report(tmp_path, small(), [], {})
+    assert not [*tmp_path.glob("*.png")]
+
+
 # --- strips and differences --------------------------------------------------------------------
 
 
@@ -769,6 +779,18 @@ def test_pictures_of_an_analysis_come_in_unless_they_are_large(tmp_path: Path) -
     (run / "study.yaml").write_text("study: ablation")
     assert figures(tmp_path / "analysis") == found
     assert figures(tmp_path / "nothing") == []
+
+
+def test_pictures_of_rows_that_are_no_longer_there_stay_out(tmp_path: Path) -> None:
+    """Their folders end in the first digits of a fingerprint; others are nobody's row."""
+    for name in ("w8a8-0123abcd", "w8a8-4567abcd", "mine", "mine-also"):
+        (tmp_path / "analysis" / name).mkdir(parents=True)
+        (tmp_path / "analysis" / name / "growth.svg").write_text("<svg/>")
+    write_report(tmp_path, small(), [], {}, current={"0123abcd" + 56 * "0"})
+    page = (tmp_path / "report.html").read_text()
+    assert "w8a8-0123abcd" in page
+    assert "w8a8-4567abcd" not in page
+    assert page.count("<figcaption") == 3
 
 
 # --- digits, front, LaTeX ----------------------------------------------------------------------

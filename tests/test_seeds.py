@@ -231,6 +231,15 @@ def test_wrong_seeds_are_refused(
     assert complaint in found.output
 
 
+def test_the_report_of_several_seeds_is_written_again(
+    place: Path, cli: Cli, together: Results
+) -> None:
+    arguments = ("report", place / "study.yaml", "-o", place / "both")
+    assert cli(*arguments, "-s", several()[0]).exit_code == 0
+    told = cli(*arguments, "-s", several(SEEDS[::-1])[0])
+    assert (told.exit_code, "has not the rows" in told.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("seeds", [[5, 6], [0, 7], [3]])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_study_of_seeds_can_be_written_and_read_again(

@@ -25,8 +25,11 @@ def write_row(subject: Subject, found: Mapping[str, Found]) -> str:
         write_json(subject.folder / f"{part}.json", content)
         write_text(subject.folder / f"{part}.csv", _csv(TABLES[part](content)))
         drawn = plots.PLOTS[part](content)
-        if drawn is not None:
-            write_text(subject.folder / f"{part}.svg", drawn)
+        picture = subject.folder / f"{part}.svg"
+        if drawn is None:
+            picture.unlink(missing_ok=True)  # of what was there before
+        else:
+            write_text(picture, drawn)
         lines += [f"  {line}" for line in TEXTS[part](content)]
     if "recommendation" in found:
         snippet = {"callbacks": found["recommendation"]["callbacks"]}

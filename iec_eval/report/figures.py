@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 RUN = "study.yaml"  # what a folder of a run holds
 LARGEST = 400_000  # bytes of one picture
 ALL = 1_200_000  # bytes of all pictures
+_ROW = re.compile(r"-([0-9a-f]{8})$")  # of a folder that is a row's
 _KINDS = {".svg": "svg+xml", ".png": "png"}
 
 
@@ -23,19 +25,28 @@ class Figure:
     data: str | None
 
 
-def figures(folder: Path) -> list[Figure]:
+def figures(folder: Path, current: Collection[str] | None = None) -> list[Figure]:
     """The SVG and PNG files in a folder and its subfolders, sorted by path; the page stays small.
 
-    Subfolders that are runs of their own, an ablation's say, are left out. A file over
+    Subfolders that are runs of their own, an ablation's say, are left out, and so are those of
+    rows that are not ``current``: whose name ends in the start of another fingerprint. A file over
     :data:`LARGEST` bytes, or beyond :data:`ALL` together, is named but not embedded. As an image
     element's source an SVG can neither run nor load anything.
     """
-    return list(_figures(folder)) if folder.is_dir() else []
+    return list(_figures(folder, current)) if folder.is_dir() else []
 
 
-def _figures(folder: Path) -> Iterator[Figure]:
+def _belongs(folder: Path, current: Collection[str] | None) -> bool:
+    if (folder / RUN).exists():
+        return False
+    row = _ROW.search(folder.name)
+    known = None if current is None else {fingerprint[:8] for fingerprint in current}
+    return row is None or known is None or row[1] in known
+
+
+def _figures(folder: Path, current: Collection[str] | None) -> Iterator[Figure]:
     left = ALL
-    inside = (path for path in folder.iterdir() if path.is_dir() and not (path / RUN).exists())
+    inside = (path for path in folder.iterdir() if path.is_dir() and _belongs(path, current))
     for path in (path for place in [folder, *sorted(inside)] for path in sorted(place.iterdir())):
         kind = _KINDS.get(path.suffix.lower())
         if kind is None or not path.is_file():

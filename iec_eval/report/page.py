@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -38,12 +38,14 @@ def write_report(
     manifest: Mapping[str, Any],
     *,
     columns: int = 8,
+    current: Collection[str] | None = None,
 ) -> list[Path]:
     """Write ``table.md``, ``report.html`` and, where there are images, the gallery as PNG files.
 
     ``gallery.png`` has the images, ``gallery-difference.png`` what sets them apart from full
-    precision. Pictures under ``folder/analysis`` are brought into the page. Returns the paths that
-    were written.
+    precision; one that there is nothing for any more is deleted. Pictures under ``folder/analysis``
+    are brought into the page, those of rows only whose fingerprints are ``current``, if they are
+    given. Returns the paths that were written.
     """
     reference, unfinished = _reference(results), _unfinished(results)
     apart, _ = differences(gallery_rows, reference or "", left_out=unfinished)
@@ -52,7 +54,7 @@ def write_report(
         gallery_rows,
         manifest,
         columns=columns,
-        analysis=figures(folder / ANALYSIS),
+        analysis=figures(folder / ANALYSIS, current),
     )
     files = {
         folder / "table.md": table([results], "md").encode(),
@@ -60,11 +62,13 @@ def write_report(
         folder / "gallery-difference.png": _png(apart, columns) if apart else b"",
         folder / "report.html": page.encode(),
     }
-    written = {path: content for path, content in files.items() if content}
-    for path, content in written.items():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    return list(written)
+    for path, content in files.items():
+        if content:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+        else:
+            path.unlink(missing_ok=True)
+    return [path for path, content in files.items() if content]
 
 
 def _png(rows: Sequence[GalleryRow], columns: int) -> bytes:
