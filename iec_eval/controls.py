@@ -139,14 +139,20 @@ class _Table:
             *(zero_cost(corrected) if "zero-cost" in wanted else []),
             *(halves(corrected) if "halves" in wanted else []),
         ]
-        plain = self._judge(row, "base", base) if rivals else None
+        plain = self._judge(row, "base", base) if rivals or "equal-cost" in wanted else None
         for rival in rivals:
             try:
                 found = self._judge(row, rival.relation, rival.make())
                 if plain and found and found is not plain:
-                    plain.judge_of.setdefault(found.name, "base")
+                    self._compare_with_base(found, plain)
             except Exception as error:  # nobody has asked for this row: a part may refuse it
                 row.lack(rival.relation, f"{ROLES[rival.relation]} {rival.name}", error)
+
+    def _compare_with_base(self, rival: _Row, base: _Row) -> None:
+        """Have the base judge a rival too: one that was added, and that has no base yet."""
+        based = any(row.judge_of.get(rival.name) == "base" for row in self.rows())
+        if rival.plan.experiment.control and not based:
+            base.judge_of.setdefault(rival.name, "base")
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
         """The row, if its callbacks take extra evaluations; else None.

@@ -375,6 +375,43 @@ def test_rivals_without_callbacks_are_compared_with_what_they_start_from(plans: 
     assert len(made) == 4
 
 
+def test_a_row_of_the_study_that_is_a_rival_is_on_no_trial(plans: Plans) -> None:
+    """Else an uncorrected row would be told to be better than the other's base, and counted."""
+    added = plans(pair("cached"), controls=["equal-cost"])
+    (name,) = (name for name in rivals(added, "cached + IEC") if "interval" in name)
+    assert added["cached"].experiment.judge_of[name] == "base"
+    own = {"name": "mine", "efficiency": added[name].experiment.efficiency}
+    found = plans([own, *pair("cached")], controls=["equal-cost"])
+    assert "mine" in rivals(found, "cached + IEC")
+    assert "mine" not in found["cached"].experiment.judge_of
+
+
+def test_a_rival_of_two_rows_is_held_against_one_base(plans: Plans) -> None:
+    """Numbers and verdicts would name different ones."""
+    rows = [
+        row
+        for interval in (5, 6)
+        for row in (
+            {"name": f"N{interval}", "efficiency": [{**CACHE, "interval": interval}]},
+            {
+                "name": f"N{interval} + IEC",
+                "efficiency": [{**CACHE, "interval": interval}],
+                "callbacks": [{**IEC, "where": [0]}],
+            },
+        )
+    ]
+    found = plans(rows, controls=["equal-cost"])
+    for name in found:
+        bases = [one for one in found if found[one].experiment.judge_of.get(name) == "base"]
+        assert len(bases) <= 1
+
+
+def test_a_correction_of_less_than_2_percent_gets_a_base_of_its_own(plans: Plans) -> None:
+    row = {"name": "row", "callbacks": [{**IEC, "where": "first"}]}
+    found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 100})
+    assert judges(found) == {"row: uncorrected": {"row": "base"}}
+
+
 def test_a_cheap_correction_has_its_base_for_an_equal_and_free_rivals(plans: Plans) -> None:
     """One evaluation in 100 more: within the tolerance, but not free."""
     cheap = [{**IEC, "where": "first"}]

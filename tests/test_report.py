@@ -366,7 +366,7 @@ def test_a_verdict_without_controls_says_so() -> None:
     (off,) = verdicts(toy(*plain(), corrected(), controls=[]))
     assert off.endswith("no equal-cost rival: controls are off.")
     (free,) = verdicts(toy(*plain(), corrected(), controls=["equal-cost"]))
-    assert free.endswith("no equal-cost rival: the callbacks cost no more than their base.")
+    assert free.endswith("no equal-cost rival: the base costs as much, or less than 2 % less.")
     steps = Lack(relation="equal-cost", what="equal-cost rival more steps", reason="no")
     shift = Lack(relation="zero-cost", what="zero-cost rival time shift", reason="no")
     (lacking,) = verdicts(toy(*plain(), corrected(lacks=[steps]), controls=["equal-cost"]))
@@ -375,7 +375,7 @@ def test_a_verdict_without_controls_says_so() -> None:
         "(not to be had)."
     )
     (free,) = verdicts(toy(*plain(), corrected(lacks=[shift]), controls=["equal-cost"]))
-    assert "the callbacks cost no more than their base; not held against zero-cost rival" in free
+    assert "the base costs as much, or less than 2 % less; not held against zero-cost rival" in free
 
 
 def test_where_higher_is_better_the_strongest_rival_is_the_highest() -> None:
@@ -933,13 +933,13 @@ def test_the_column_says_why_there_is_no_rival() -> None:
     assert word(one, broken, controls=["equal-cost"]) == "rivals not finished"
     second = rival.model_copy(update={"name": "second"})
     assert word(one, broken, second, controls=["equal-cost"]) == "not judged"
-    assert word(one, controls=["equal-cost"]) == "costs no more"
+    assert word(one, controls=["equal-cost"]) == "base costs as much"
     steps = Lack(relation="equal-cost", what="equal-cost rival more steps", reason="too few")
     lacking = one.model_copy(update={"lacks": [steps]})
     assert word(lacking, controls=["equal-cost"]) == "none to be had"
     shift = Lack(relation="zero-cost", what="zero-cost rival time shift", reason="too few")
     other = one.model_copy(update={"lacks": [shift]})
-    assert word(other, controls=["equal-cost"]) == "costs no more"
+    assert word(other, controls=["equal-cost"]) == "base costs as much"
     assert verdict_of(one, "base", controls=[]).word == "controls off"
     assert word(one, controls=None) == "not judged"  # files that do not say
 

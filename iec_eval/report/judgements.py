@@ -101,7 +101,7 @@ def why_missing(row: Variant, against: Against, results: Results) -> str:
         return "controls off"
     if against == "base" or any(one.relation == against for one in row.lacks):
         return "none to be had"
-    return "costs no more"
+    return "base costs as much"
 
 
 def absent(row: Variant, results: Results) -> list[str]:

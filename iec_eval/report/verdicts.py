@@ -28,7 +28,7 @@ _ROLES: dict[Relation, str] = {
 _NO_RIVAL = {
     "controls off": "controls are off",
     "none to be had": "none could be had",
-    "costs no more": "the callbacks cost no more than their base",
+    "base costs as much": "the base costs as much, or less than 2 % less",
 }
 
 
