@@ -21,7 +21,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import torch
@@ -44,7 +44,7 @@ class Estimate:
             there is none. Of S seeds ``[S N]``, seed after seed.
         without: float64 ``[G]``, the number without each of :data:`GROUPS` groups of images, as
             :func:`groups_of` groups them; for a number without influence values. Of S seeds
-            ``[S, G]``.
+            ``[S, G]``. Empty where nothing may tell how sure the number is: see :meth:`unsure`.
         by_seed: the number of each seed; empty for that of one.
     """
 
@@ -73,6 +73,10 @@ class Estimate:
             tuple(one - two for one, two in zip(self.by_seed, other.by_seed, strict=True)),
         )
 
+    def unsure(self) -> Estimate:
+        """The same number, for which no interval is to be found, not even without groups."""
+        return replace(self, influence=None, without=torch.empty(0, dtype=torch.float64))
+
     def spread(self) -> float | None:
         """The standard deviation over seeds; None for fewer than two."""
         return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
@@ -86,7 +90,7 @@ class Estimate:
             count = len(self.influence)
             enough = count >= FEWEST * max(len(self.by_seed), 1)
             return float(self.influence.std()) / math.sqrt(count) if enough else None
-        if self.without is not None:
+        if self.without is not None and self.without.numel():
             *seeds, groups = self.without.shape
             # a mean of independent numbers: variances add up, over the square of their count
             variance = float(self.without.var(-1, correction=0).sum()) * (groups - 1)

@@ -49,7 +49,10 @@ def with_groups(
 
 
 def _tensor(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    found = torch.tensor(values, dtype=torch.float64)
+    if not found.isfinite().all():
+        raise ValueError(f"it comes out as {found[~found.isfinite()][0]}")
+    return found
 
 
 def _values_without_groups(

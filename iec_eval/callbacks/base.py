@@ -25,13 +25,11 @@ class DenoisingCallback(Callback):
 
         name: what studies call it.
         version: raise it when the same options would give other images than before.
-        breaks_with_clipping: whether its mathematics assume a sampler that does not clip.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseOptions]] = BaseOptions
     version: ClassVar[int] = 1
-    breaks_with_clipping: ClassVar[bool] = False
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options

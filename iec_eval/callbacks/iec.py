@@ -145,7 +145,6 @@ class IEC(DenoisingCallback):
 
     name = "iec"
     Options = IECOptions
-    breaks_with_clipping = True
     options: IECOptions
 
     @property

@@ -55,7 +55,6 @@ class ScaleMatched(DenoisingCallback):
 
     name = "scale-matched"
     Options = ScaleMatchedOptions
-    breaks_with_clipping = True
     options: ScaleMatchedOptions
 
     def __init__(self, options: ScaleMatchedOptions) -> None:

@@ -70,7 +70,6 @@ class SelfConsistent(DenoisingCallback):
     name = "self-consistent"
     version = 2  # 1: knew no distance that is too small
     Options = SelfConsistentOptions
-    breaks_with_clipping = True
     options: SelfConsistentOptions
 
     def __init__(self, options: SelfConsistentOptions) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
-from iec_eval.intervals import Estimate
+from iec_eval.intervals import FEWEST, Estimate
 from iec_eval.metrics.feature_sets import FeatureSetMetric, FeatureSetOptions
 
 
@@ -69,12 +69,16 @@ class KID(FeatureSetMetric):
     def estimates(self, again: Iterable[tuple[Any, Tensor]]) -> dict[str, Estimate]:
         fake, real = self.images_features()[0], self.reference_features()
         influence = torch.zeros(len(fake), dtype=torch.float64)
+        compared = torch.zeros(len(fake), dtype=torch.bool)
         for some_fake, some_real in self._draws(len(fake), len(real)):
+            compared[some_fake] = True
             influence[some_fake] += mmd_influence(
                 fake[some_fake].double(), real[some_real].double()
             )
         influence *= len(fake) / (self._subset_size * self._subsets)
         found, name = super().estimates(again), self.result("kid")
+        if compared.sum() < FEWEST:  # so few values are no interval, of whatever number of images
+            return {**found, name: found[name].unsure()}
         return {**found, name: replace(found[name], influence=influence)}
 
     def _draws(self, fake: int, real: int) -> Iterator[tuple[Tensor, Tensor]]:

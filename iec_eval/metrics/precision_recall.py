@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from iec_eval.intervals import GROUPS, Estimate, groups_of
+from iec_eval.intervals import FEWEST, GROUPS, Estimate, groups_of
 from iec_eval.metrics.feature_sets import FeatureSetMetric, FeatureSetOptions
 from iec_eval.metrics.inception_score import shuffled
 
@@ -76,7 +76,8 @@ class PrecisionRecall(FeatureSetMetric):
         """Precision, a mean over images, with influence values; recall without groups of images.
 
         Recall is a step function of the images' weights, which has no derivative. Its groups are
-        those of the images that are compared: others would take the place of those left out.
+        those of the images that are compared: others would take the place of those left out. Where
+        fewer than :data:`~iec_eval.intervals.FEWEST` are compared, neither tells how sure it is.
         """
         found = super().estimates(again)
         fake, real, chosen = self._compared()
@@ -85,6 +86,8 @@ class PrecisionRecall(FeatureSetMetric):
         influence = torch.zeros(count, dtype=torch.float64)
         influence[chosen] = (inside - inside.mean()) * (count / len(fake))
         precision, recall = self.result("precision"), self.result("recall")
+        if len(fake) < FEWEST:  # so few values are no interval, of whatever number of images
+            return {name: found[name].unsure() for name in (precision, recall)}
         found[precision] = replace(found[precision], influence=influence)
         if len(fake) * (GROUPS - 1) > GROUPS * self._neighbours * 2:
             without = recall_without(fake, real, groups_of(chosen), self._neighbours)
