@@ -96,22 +96,32 @@ def full_steps(
 
     What else the row calibrates is not, unless the schedule is calibrated on it.
     """
-    total, parts = len(plan.sampler.timesteps), plan.parts()
-    keys = [key for _, key in _keyed(plan)]
-    scheduling = [
-        i
-        for i, part in enumerate(parts)
-        if part.needs_calibration and len(part.full_steps(total, {})) < total
-    ]
-    first = max(scheduling) + 1 if scheduling else 0  # so many have to be calibrated
-    wanted = [key for part, key in zip(parts[:first], keys, strict=False) if part.needs_calibration]
-    if not all(map(store.has, wanted)):
-        _apply(plan, plan.model.load(), store, Calibrator(device, progress), first)
+    total, scheduling = len(plan.sampler.timesteps), _scheduling(plan)
+    if missing_for_schedule(plan, store):
+        calibrator = Calibrator(device, progress)
+        _apply(plan, plan.model.load(), store, calibrator, max(scheduling) + 1)
     steps = frozenset(range(total))
-    for i, part in enumerate(parts):
+    keys = [key for _, key in _keyed(plan)]
+    for i, part in enumerate(plan.parts()):
         artifact = obtain(part, keys[i], None, store) if i in scheduling else {}
         steps &= frozenset(part.full_steps(total, artifact))
     return steps
+
+
+def missing_for_schedule(plan: Plan, store: RunFolder) -> list[str]:
+    """Parts that have to be calibrated before it is known which steps run the whole network."""
+    keyed = _keyed(plan)[: max(_scheduling(plan), default=-1) + 1]
+    return [part.name for part, key in keyed if part.needs_calibration and not store.has(key)]
+
+
+def _scheduling(plan: Plan) -> list[int]:
+    """Positions of the parts whose calibration decides which steps are full."""
+    total = len(plan.sampler.timesteps)
+    return [
+        i
+        for i, part in enumerate(plan.parts())
+        if part.needs_calibration and len(part.full_steps(total, {})) < total
+    ]
 
 
 def missing_artifacts(plan: Plan, store: RunFolder) -> list[str]:

@@ -151,7 +151,7 @@ class _Table:
     def _compare_with_base(self, rival: _Row, base: _Row) -> None:
         """Have the base judge a rival too: one that was added, and that has no base yet."""
         based = any(row.judge_of.get(rival.name) == "base" for row in self.rows())
-        if rival.plan.experiment.control and not based:
+        if not based and all(rival is not own for own in self.own):
             base.judge_of.setdefault(rival.name, "base")
 
     def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:

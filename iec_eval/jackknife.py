@@ -40,19 +40,26 @@ def with_groups(
         values = _values_without_groups(metric, again, group_of)
         made = {name: _tensor([one[name] for one in values]) for name in lacking}
     except Exception as error:  # its number is there; only the interval is not
-        processes.say(
-            f"{metric.name}: no confidence interval for {', '.join(lacking)}; without a {GROUPS}th "
-            f"of the images it cannot be computed ({type(error).__name__}: {error})"
-        )
+        _tell_lacking(metric, lacking, f"{type(error).__name__}: {error}")
         return dict(estimates)
-    return {**estimates, **{name: replace(estimates[name], without=made[name]) for name in lacking}}
+    finite = {name: one for name, one in made.items() if one.isfinite().all()}
+    if undefined := [name for name in lacking if name not in finite]:
+        _tell_lacking(metric, undefined, "it is not finite")
+    return {
+        **estimates,
+        **{name: replace(estimates[name], without=finite[name]) for name in finite},
+    }
+
+
+def _tell_lacking(metric: Metric, names: Sequence[str], why: str) -> None:
+    processes.say(
+        f"{metric.name}: no confidence interval for {', '.join(names)}; without a {GROUPS}th "
+        f"of the images it cannot be computed ({why})"
+    )
 
 
 def _tensor(values: Sequence[float]) -> Tensor:
-    found = torch.tensor(values, dtype=torch.float64)
-    if not found.isfinite().all():
-        raise ValueError(f"it comes out as {found[~found.isfinite()][0]}")
-    return found
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _values_without_groups(

@@ -45,6 +45,11 @@ class Plan:
         """Whether any method only simulates what it saves."""
         return any(method.simulated for method in self.parts())
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a callback lets the images of a batch depend on each other."""
+        return any(callback.depends_on_batch for callback in self.callbacks)
+
     def parts(self) -> list[EfficiencyMethod]:
         """The methods' stages, in order."""
         return [part for method in self.methods for part in method.parts()]

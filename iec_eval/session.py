@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from iec_eval import inspection, processes, status
 from iec_eval import study as studies
 from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
-from iec_eval.evaluation import networks
+from iec_eval.evaluation import networks, protocol
 from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.jobs import Job, by_row
 from iec_eval.metrics.base import Metric
 from iec_eval.planning import plan_like
 from iec_eval.plugins import Registry, load_registry
+from iec_eval.results import Results, differing
 from iec_eval.runs import RunFolder
 from iec_eval.storage import write_json, write_text
 from iec_eval.study import Study
@@ -54,6 +56,32 @@ class Session:
         if self.study.images.seeds is None:
             return {name: found[0] for name, found in of_seeds.items()}
         return {name: fingerprint_over_seeds(found) for name, found in of_seeds.items()}
+
+    def what_differs(self, results: Results) -> str:
+        """In what results are not of this study, or nothing.
+
+        Numbers of one configuration must not stand under another.
+        """
+        scored = {row.name: row.fingerprint for row in results.variants}
+        wanted = self.fingerprints
+        changed = [name for name in wanted if scored.get(name, wanted[name]) != wanted[name]]
+        rows = {
+            "made otherwise": changed,
+            "not scored": [name for name in wanted if name not in scored],
+            "scored, but not in it": [name for name in scored if name not in wanted],
+        }
+        told = [f"{what}: {_some(names)}" for what, names in rows.items() if names]
+        if any(
+            job.plan.depends_on_batch for job in self.firsts if job.plan.experiment.name in changed
+        ):
+            told.append("batch_size and chunk_size decide some of their images")
+        count = self.study.images.count
+        if results.images != count:
+            told.append(f"{results.images:,} images a row instead of {count:,}")
+        now = json.loads(json.dumps(protocol(self.metrics)))  # as it is read
+        keys = differing(results.protocol, now)
+        told += [f"{key} was {there}, is {here}" for key, (there, here) in keys.items()]
+        return "; ".join(told)
 
     @property
     def firsts(self) -> list[Job]:
@@ -122,6 +150,10 @@ def list_rows(session: Session) -> None:
     """For ``status``: what rows there are."""
     rows = inspection.rows_listing(session.jobs, session.study, session.run)
     write_json(session.run.path / status.ROWS, rows)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _refuse_readers_of_images(metrics: Sequence[Metric]) -> None:

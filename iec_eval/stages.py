@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from iec_eval import processes, provenance, ranks
-from iec_eval.analysis.bench import full_precision_twin
+from iec_eval.analysis.run import analyzed_folders
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
 from iec_eval.comparisons import with_comparisons
@@ -172,18 +172,26 @@ def _scored_row(
     return scored[jobs[0].name] if session.study.images.seeds is None else over_seeds(scored)
 
 
-def report(session: Session, results: Results) -> list[Path]:
-    """Write everything that shows the results; all files of the run's results."""
+def report(session: Session, results: Results, *, scored: bool = False) -> list[Path]:
+    """Write everything that shows the results; all files of the run's results.
+
+    ``scored``: they have just been.
+    """
     folder = session.run.path
     made = provenance.manifest(
         session.study, session.jobs, results.protocol, session.registry.distributions
     )
     write_json(folder / "manifest.json", made)
     rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
-    plans = [job.plan for job in session.jobs]
-    twins = [full_precision_twin(plan, session.registry) for plan in plans]  # analyzed beside them
-    current = {plan.fingerprint for plan in (*plans, *twins)}
-    paths = write_report(folder, results, rows, made, columns=SHOWN, current=current)
+    paths = write_report(
+        folder,
+        results,
+        rows,
+        made,
+        columns=SHOWN,
+        current=analyzed_folders(session.firsts, session.run, session.registry),
+        scored=scored,
+    )
     influence = [file for file in [folder / INFLUENCE] if file.is_file()]
     return [folder / "results.json", *influence, *paths, folder / "manifest.json"]
 

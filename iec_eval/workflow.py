@@ -26,7 +26,7 @@ from iec_eval.report.compare import compare as compare_runs
 from iec_eval.report.experiments import Run
 from iec_eval.report.scaling import scaling_as_text
 from iec_eval.report.tables import table as results_table
-from iec_eval.results import Results, read_results, require_one_protocol
+from iec_eval.results import read_results, require_one_protocol
 from iec_eval.session import Session, list_rows, open_run, prepare
 from iec_eval.storage import write_json, write_text
 from iec_eval.training.card import card_as_text
@@ -91,31 +91,19 @@ def evaluate(source: str, overrides: Sequence[str], out: Path | None) -> Outcome
 def report(source: str, overrides: Sequence[str], out: Path | None) -> list[Path]:
     """Write the report again from results.json and the images.
 
-    Raises Incompatible if the results are not those of the study as it is now.
+    What the study says of a row besides how to make it is taken from the study as it is now.
+    Raises Incompatible if the numbers are not of this study.
     """
     session = prepare(source, overrides, out)
     path = session.run.path / "results.json"
     results = read_results(path)
-    _require_same(session, results, path)
-    return stages.report(session, results)
-
-
-def _require_same(session: Session, results: Results, path: Path) -> None:
-    """Numbers of one configuration must not stand under another."""
-    scored = {row.name: row.fingerprint for row in results.variants}
-    wanted = session.fingerprints
-    others = [name for name in {**wanted, **scored} if scored.get(name) != wanted.get(name)]
-    count = session.study.images.count
-    if others:
-        rows = ", ".join(map(repr, others[:3])) + (", ..." if len(others) > 3 else "")
-        what = f"has not the rows that the study has now ({rows})"
-    elif results.images != count:
-        what = f"is of {results.images:,} images a row, the study of {count:,}"
-    else:
-        return
-    raise Incompatible(
-        f"report: {path} {what}; evaluate the study first, or report on it as it was"
-    )
+    if other := session.what_differs(results):
+        raise Incompatible(
+            f"report: {path} is not of this study: {other}; launch it, or report on "
+            f"{session.run.path / 'study.yaml'}, which was run last"
+        )
+    rows = [row.model_copy(update=session.study.remarks(row.name)) for row in results.variants]
+    return stages.report(session, results.model_copy(update={"variants": rows}))
 
 
 def table(folders: Sequence[Path], form: str) -> str:
@@ -287,7 +275,7 @@ def _measure_model(
 def _evaluate(session: Session, *, heal: bool) -> Outcome:
     """Score every variant, write all result files, tell the plugins."""
     results = stages.score(session, heal=heal)
-    paths = stages.report(session, results)
+    paths = stages.report(session, results, scored=True)
     for complaint in session.registry.run_finished(results.model_dump(mode="json", by_alias=True)):
         print(f"iec-eval: {complaint}", file=sys.stderr)
     text = results_table([results], "md")

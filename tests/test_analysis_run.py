@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import yaml
 from click.testing import Result
 
 from iec_eval.analysis import ablation, growth, residuals
-from iec_eval.analysis.bench import Bench, Subject, corrected_twin
+from iec_eval.analysis.bench import Bench, Subject, corrected_twin, full_precision_twin
 from iec_eval.analysis.pieces import Pieces
+from iec_eval.analysis.run import analyzed_folders
 from iec_eval.assembly import calibrate, missing_artifacts
 from iec_eval.cost import evaluation_cost, expected_evaluations
 from iec_eval.noise import Noise
@@ -418,6 +420,26 @@ def test_rows_of_the_study_itself_are_measured_choices(
     assert measured["last"]["metrics"]["fid-toy"] == results["last"].metrics["fid-toy"].value
     again = load(str(out / "analysis" / "ablation.yaml")).images
     assert again == load(str(path)).images
+    assert cli("report", path, "-o", out).exit_code == 0
+    (drawn,) = out.glob("analysis/quantized-iec-*/ablation.svg")
+    assert drawn.parent.name in (out / "report.html").read_text()
+
+
+def test_the_folders_of_an_analysis_are_known(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Those of rows and twins; of one that its batch decides, whatever the batch was."""
+    mixed = {**IEC_ROW, "extends": None, "name": "mixed"}
+    mixed["callbacks"] = [{"name": "iec", "preset": "official_ddim"}]
+    study = load(str(write_study(tmp_path, variants=[QUANTIZED, mixed])))
+    plans = plan_study(study, load_registry())
+    run = RunFolder(tmp_path / "run")
+    jobs: Any = [SimpleNamespace(plan=plan) for plan in plans]
+    found = analyzed_folders(jobs, run, load_registry())
+    twin = full_precision_twin(plans[0], load_registry())
+    wanted = {run.variant(plan.experiment.name, plan.fingerprint).path.name for plan in plans}
+    wanted |= {run.variant("full precision", twin.fingerprint).path.name, "mixed"}
+    assert found == wanted
 
 
 def test_what_was_scored_is_told_in_the_metric_of_quality() -> None:

@@ -339,10 +339,11 @@ def test_report_writes_its_files_again(
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (["-s", "images.seed=9"], "has not the rows that the study has now ('"),
-        (["-s", "sampler.steps=4"], "has not the rows that the study has now ('"),
-        (["-s", "variants.0.name=another"], "('another'"),
-        (["-s", "images.count=12"], "is of 10 images a row, the study of 12"),
+        (["-s", "images.seed=9"], "is not of this study: made otherwise: '"),
+        (["-s", "sampler.steps=4"], "is not of this study: made otherwise: '"),
+        (["-s", "variants.0.name=another"], "not scored: 'another'; scored, but not in it: '"),
+        (["-s", "images.count=12"], "is not of this study: 10 images a row instead of 12;"),
+        (["-s", "metrics.0.extrapolate=false"], "fid.extrapolat"),
     ],
     ids=str,
 )
@@ -360,6 +361,17 @@ def test_report_does_not_put_old_numbers_under_a_new_configuration(
     told = refusal(cli("report", write_study(tmp_path), "-o", out, *change))
     assert complaint in told
     assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+def test_report_takes_what_is_said_of_rows_from_the_study_as_it_is(
+    cli: Cli, write_study: Write, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    name = VARIANTS[0]["name"]
+    change = f"paper={json.dumps({name: {'fid': 4.56}})}"
+    assert cli("report", write_study(tmp_path), "-o", out, "-s", change).exit_code == 0
+    assert "fid 4.56" in (out / "table.md").read_text()
 
 
 def test_evaluate_scores_again(

@@ -386,6 +386,14 @@ def test_a_row_of_the_study_that_is_a_rival_is_on_no_trial(plans: Plans) -> None
     assert "mine" not in found["cached"].experiment.judge_of
 
 
+def test_full_precision_that_is_a_rival_too_has_no_base(plans: Plans) -> None:
+    row = {"name": "short + IEC", "sampler": {"steps": STEPS // 2}, "callbacks": [IEC]}
+    found = plans([row], controls=["full-precision", "equal-cost"])
+    assert "full precision" in rivals(found, "short + IEC")
+    judged = {name for plan in found.values() for name in plan.experiment.judge_of}
+    assert "full precision" not in judged
+
+
 def test_a_rival_of_two_rows_is_held_against_one_base(plans: Plans) -> None:
     """Numbers and verdicts would name different ones."""
     rows = [
@@ -401,6 +409,8 @@ def test_a_rival_of_two_rows_is_held_against_one_base(plans: Plans) -> None:
         )
     ]
     found = plans(rows, controls=["equal-cost"])
+    shared = [one for one in found.values() if len(one.experiment.judge_of) > 1]
+    assert any([*one.experiment.judge_of.values()].count("equal-cost") > 1 for one in shared)
     for name in found:
         bases = [one for one in found if found[one].experiment.judge_of.get(name) == "base"]
         assert len(bases) <= 1

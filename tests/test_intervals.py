@@ -339,7 +339,7 @@ def test_without_enough_images_there_is_no_interval(capfd: pytest.CaptureFixture
     assert (made.value, made.interval()) == (49.5, None)
     wanted = "no confidence interval for middle; without a 20th of the images it cannot be computed"
     assert wanted in capfd.readouterr().err
-    undefined = Middle(least=100, otherwise=math.nan)
+    undefined = Middle(least=100, otherwise=math.nan)  # of which the others are not the worse
     made = with_groups(undefined, estimates(undefined, batches), batches)["middle"]
     assert (made.value, made.interval()) == (49.5, None)
     assert wanted in capfd.readouterr().err

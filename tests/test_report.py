@@ -693,9 +693,11 @@ def test_pictures_that_there_is_nothing_for_any_more_are_deleted(tmp_path: Path)
     rows = [("Full", pictures(9)), ("Cached", pictures(9))]
     write_report(tmp_path, small(), rows, {})
     assert (tmp_path / "gallery-difference.png").exists()
-    write_report(tmp_path, small(), rows[1:], {})
+    write_report(tmp_path, small(), [], {})  # the same rows, whose images cannot be read now
+    assert (tmp_path / "gallery-difference.png").exists()
+    write_report(tmp_path, small(), rows[1:], {}, scored=True)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gallery.png"]
-    write_report(tmp_path, small(), [], {})
+    write_report(tmp_path, small(), [], {}, scored=True)
     assert not [*tmp_path.glob("*.png")]
 
 
@@ -783,14 +785,17 @@ def test_pictures_of_an_analysis_come_in_unless_they_are_large(tmp_path: Path) -
 
 def test_pictures_of_rows_that_are_no_longer_there_stay_out(tmp_path: Path) -> None:
     """Their folders end in the first digits of a fingerprint; others are nobody's row."""
-    for name in ("w8a8-0123abcd", "w8a8-4567abcd", "mine", "mine-also"):
+    rows = ("w8a8-0123abcd", "w8a8-4567abcd", "mixed-4567abcd")
+    for name in (*rows, "mine", "notes-20261127"):
         (tmp_path / "analysis" / name).mkdir(parents=True)
         (tmp_path / "analysis" / name / "growth.svg").write_text("<svg/>")
-    write_report(tmp_path, small(), [], {}, current={"0123abcd" + 56 * "0"})
+        if name in rows:
+            (tmp_path / "analysis" / name / "growth.json").write_text("{}")
+    write_report(tmp_path, small(), [], {}, current={"w8a8-0123abcd", "mixed"})
     page = (tmp_path / "report.html").read_text()
-    assert "w8a8-0123abcd" in page
     assert "w8a8-4567abcd" not in page
-    assert page.count("<figcaption") == 3
+    for name in ("w8a8-0123abcd", "mixed-4567abcd", "mine", "notes-20261127"):
+        assert name in page
 
 
 # --- digits, front, LaTeX ----------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _result(choice: Choice, done: Sequence[Variant]) -> Variant | None:
 
     What a run's batching decides too has a fingerprint of that run: there the name must do.
     """
-    by_name = any(callback.depends_on_batch for callback in choice.plan.callbacks)
+    by_name = choice.plan.depends_on_batch
     wanted = choice.name if by_name else choice.fingerprint
     found = {row.name if by_name else row.fingerprint: row for row in done}
     return found.get(wanted)

@@ -20,7 +20,7 @@ class Question:
     Attributes:
         parts: some of ``PARTS``, in their order.
         rows: names of the study's rows; none: all of them.
-        images: denoised together, from index 0, for growth and residuals.
+        images: denoised together, for growth and residuals; see :func:`.bench.first_image`.
         spectral_images: the first so many, for spectral norms.
         steps: at most so many of the steps, evenly spaced with both ends; None: 10 for spectral
             norms, all for residuals. Growth always follows whole trajectories.

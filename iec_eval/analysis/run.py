@@ -23,6 +23,7 @@ from iec_eval.analysis.affine import AffineStep, affine_steps
 from iec_eval.analysis.bench import Bench, Subject, correctors, full_precision_twin
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
+from iec_eval.assembly import missing_for_schedule
 from iec_eval.cost import evaluation_cost, expected_evaluations
 from iec_eval.errors import ConfigError, UnknownName
 from iec_eval.jobs import Job
@@ -144,11 +145,35 @@ def _with_twins(rows: Sequence[Subject], registry: Registry, run: RunFolder) -> 
     return list(found.values())
 
 
+def analyzed_folders(jobs: Sequence[Job], run: RunFolder, registry: Registry) -> set[str]:
+    """Names of the folders that an analysis of these rows writes to, twins included.
+
+    Of a row whose images depend on their batch the name without its fingerprint: an analysis may
+    have had batches of another size.
+    """
+    rows = [_subject(job.plan.experiment.name, job.plan, run) for job in jobs]
+    subjects = _with_twins(rows, registry, run)
+    mixed = {row.folder.name.rpartition("-")[0] for row in rows if row.plan.depends_on_batch}
+    return {one.folder.name for one in subjects} | mixed
+
+
 def _with_schedules(asked: Analysis, bench: Bench) -> Analysis:
     """The same, the rows with the steps that calibration makes full: corrections follow them."""
-    if not {"growth", "ablation"} & set(asked.question.parts):
-        return asked
-    rows = [replace(row, full_steps=bench.full_steps(row.plan)) for row in asked.rows]
+    wanted = [
+        row
+        for row in asked.rows
+        if asked.wants("growth") or (asked.wants("ablation") and correctors(row.plan))
+    ]
+    for row in wanted:
+        if parts := missing_for_schedule(row.plan, asked.run):
+            asked.tell(
+                f"{row.name}: calibrating {', '.join(parts)} first, which decides the steps that "
+                "are corrected"
+            )
+    rows = [
+        replace(row, full_steps=bench.full_steps(row.plan)) if row in wanted else row
+        for row in asked.rows
+    ]
     known = {row.plan.fingerprint: row for row in rows}
     subjects = [known.get(one.plan.fingerprint, one) for one in asked.subjects]
     return replace(asked, rows=rows, subjects=subjects)
@@ -236,7 +261,7 @@ def _residual_work(asked: Analysis, row: Subject) -> Work | None:
     lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
     if not lacking:
         return None
-    each = _trajectory(row.plan) + residuals.EVALUATIONS * len(lacking)
+    each = _trajectory(row.plan, row.full_steps) + residuals.EVALUATIONS * len(lacking)
     return Work(
         row,
         "residuals",
@@ -247,8 +272,8 @@ def _residual_work(asked: Analysis, row: Subject) -> Work | None:
     )
 
 
-def _trajectory(plan: Plan) -> int:
-    expected = expected_evaluations(plan)
+def _trajectory(plan: Plan, full_steps: frozenset[int] | None = None) -> int:
+    expected = expected_evaluations(plan, full_steps)
     return expected.full + expected.cached
 
 
@@ -356,13 +381,16 @@ def _write_ablation(asked: Analysis) -> list[str]:
     corrected = [row for row in asked.rows if correctors(row.plan)]
     if not corrected:
         return ["Ablation: left out, no row has a corrector."]
-    chosen = [choice for row in corrected for choice in ablation.choices(row, asked.registry)]
-    distinct = {choice.plan.fingerprint: choice for choice in reversed(chosen)}
-    kept = [choice for choice in chosen if distinct[choice.plan.fingerprint] is choice]
+    of_rows = [(row, ablation.choices(row, asked.registry)) for row in corrected]
+    full: dict[str, frozenset[int]] = {}
+    kept = list[ablation.Choice]()
+    for row, some in of_rows:
+        kept += [one for one in some if one.fingerprint not in full]
+        full |= {one.fingerprint: row.full_steps for one in some}
     path = asked.folder / "ablation.yaml"
     ablation.write_study(path, ablation.study_of(asked.study, kept))
     count = asked.study.images.count
-    evaluations = sum(_trajectory(choice.plan) for choice in kept) * count
+    evaluations = sum(_trajectory(one.plan, full[one.fingerprint]) for one in kept) * count
     return [
         f"Ablation: {len(kept)} rows in {path}, which take {evaluations:,.0f} network evaluations "
         f"for {count:,} images each, and full precision. For their scores, and the measured "

@@ -11,7 +11,7 @@ from pathlib import Path
 RUN = "study.yaml"  # what a folder of a run holds
 LARGEST = 400_000  # bytes of one picture
 ALL = 1_200_000  # bytes of all pictures
-_ROW = re.compile(r"-([0-9a-f]{8})$")  # of a folder that is a row's
+_ROW = re.compile(r"(.*)-[0-9a-f]{8}")  # the folder of an analyzed row, and its name alone
 _KINDS = {".svg": "svg+xml", ".png": "png"}
 
 
@@ -29,9 +29,10 @@ def figures(folder: Path, current: Collection[str] | None = None) -> list[Figure
     """The SVG and PNG files in a folder and its subfolders, sorted by path; the page stays small.
 
     Subfolders that are runs of their own, an ablation's say, are left out, and so are those of
-    rows that are not ``current``: whose name ends in the start of another fingerprint. A file over
-    :data:`LARGEST` bytes, or beyond :data:`ALL` together, is named but not embedded. As an image
-    element's source an SVG can neither run nor load anything.
+    analyzed rows that are not ``current``, which has the names of their folders, or of a row whose
+    fingerprint may be any the name without it. A file over :data:`LARGEST` bytes, or beyond
+    :data:`ALL` together, is named but not embedded. As an image element's source an SVG can
+    neither run nor load anything.
     """
     return list(_figures(folder, current)) if folder.is_dir() else []
 
@@ -39,9 +40,11 @@ def figures(folder: Path, current: Collection[str] | None = None) -> list[Figure
 def _belongs(folder: Path, current: Collection[str] | None) -> bool:
     if (folder / RUN).exists():
         return False
-    row = _ROW.search(folder.name)
-    known = None if current is None else {fingerprint[:8] for fingerprint in current}
-    return row is None or known is None or row[1] in known
+    analyzed = any(path.with_suffix(".json").is_file() for path in folder.glob("*.svg"))
+    row = _ROW.fullmatch(folder.name)
+    if current is None or not analyzed or row is None:
+        return True
+    return folder.name in current or row[1] in current
 
 
 def _figures(folder: Path, current: Collection[str] | None) -> Iterator[Figure]:

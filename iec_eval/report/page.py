@@ -39,13 +39,14 @@ def write_report(
     *,
     columns: int = 8,
     current: Collection[str] | None = None,
+    scored: bool = False,
 ) -> list[Path]:
     """Write ``table.md``, ``report.html`` and, where there are images, the gallery as PNG files.
 
     ``gallery.png`` has the images, ``gallery-difference.png`` what sets them apart from full
-    precision; one that there is nothing for any more is deleted. Pictures under ``folder/analysis``
-    are brought into the page, those of rows only whose fingerprints are ``current``, if they are
-    given. Returns the paths that were written.
+    precision; where the rows have just been ``scored``, one that there is nothing for any more is
+    deleted. Pictures under ``folder/analysis`` are brought into the page, of analyzed rows those
+    that are ``current`` (see :func:`figures`). Returns the paths that were written.
     """
     reference, unfinished = _reference(results), _unfinished(results)
     apart, _ = differences(gallery_rows, reference or "", left_out=unfinished)
@@ -66,7 +67,7 @@ def write_report(
         if content:
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)
-        else:
+        elif scored:
             path.unlink(missing_ok=True)
     return [path for path, content in files.items() if content]
 
