@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.storage import load_weights
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 FIXED_HEADS = "FixedHeadsUNet2DModel"
 HEADS = "num_attention_heads"
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(ATTENTION)})\.(weight|bias)")
 EMA_BOOKKEEPING = frozenset(  # diffusers' EMAModel leaves these in the files it saves
     {
         "decay",
@@ -111,13 +114,23 @@ def _fix_heads(network: nn.Module, heads: Any) -> None:
         attention.scale = (attention.inner_dim // heads) ** -0.5
 
 
+def _renamed(found: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Weights whose attention has the names that it had once, under those that it has now."""
+    names = {}
+    for key in found:
+        old = _OLD_ATTENTION.fullmatch(key)
+        new = f"{old[1]}.{ATTENTION[old[2]]}.{old[3]}" if old else key
+        names[key] = new if new in wanted and new not in found else key
+    return {names[key]: value for key, value in found.items()}
+
+
 def load_strictly(network: nn.Module, path: Path) -> None:
-    """Load weights that must fit exactly.
+    """Load weights that must fit exactly, names of attention from before diffusers 0.15 included.
 
     Raises CorruptFile naming the file, the key, the wanted shape and the one found.
     """
-    found = load_weights(path)
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = _renamed(load_weights(path), wanted)
     for key, shape in wanted.items():
         if key not in found:
             raise CorruptFile(f"weights {path}: key {key!r} is missing, wanted shape {shape}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import started
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from helpers import build
 from safetensors.torch import load_file, save_file
 from standins import LATENT, LATENT_MODELS, PROMPTS, PUBLISHED, STATES
@@ -104,6 +105,42 @@ def test_the_scale_matters(changed: Callable[[str], dict[str, Path]]) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": scale}))
         images.append(model(folders, "ldm-lsun-churches").decode(latents * scale))
     assert torch.equal(*images)
+
+
+def test_a_folder_from_before_the_scale_was_written_down_has_that_of_diffusers(
+    changed: Callable[[str], dict[str, Path]],
+) -> None:
+    folders = changed("stable-diffusion-v1")
+    path = folders["stable-diffusion-v1"] / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    wanted = AutoencoderKL.from_config(config).config.scaling_factor
+    assert wanted == 0.18215
+    latents = torch.randn(1, *model(folders, "stable-diffusion-v1").shape)
+    images = model(folders, "stable-diffusion-v1").decode(latents * wanted)
+    path.write_text(json.dumps({**config, "scaling_factor": 1.0}))
+    assert torch.allclose(images, model(folders, "stable-diffusion-v1").decode(latents), atol=1e-5)
+    path.write_text(json.dumps({**config, "scaling_factor": None}))
+    with pytest.raises(ConfigError, match="must say scaling_factor"):
+        model(folders, "stable-diffusion-v1")
+
+
+def test_weights_with_the_old_names_of_attention_are_read(
+    changed: Callable[[str], dict[str, Path]],
+) -> None:
+    """As folders on the hub from before diffusers 0.15 have them, Stable Diffusion's first."""
+    folders = changed("stable-diffusion-v1")
+    latents = torch.randn(1, *model(folders, "stable-diffusion-v1").shape)
+    wanted = model(folders, "stable-diffusion-v1").decode(latents)
+    path = folders["stable-diffusion-v1"] / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): one for key, one in weights.items()}
+    assert sum(".proj_attn." in key for key in weights) == 4  # encoder's and decoder's
+    save_file(weights, path)
+    assert torch.equal(model(folders, "stable-diffusion-v1").decode(latents), wanted)
 
 
 # --- classes ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from iec_eval.models.files import ModelFiles
 from iec_eval.networks import build_first_stage, load_strictly
 
 KINDS = ("vae", "vqvae")
+STABLE_DIFFUSION = 0.18215  # scaling_factor of diffusers' AutoencoderKL, where a folder has none
 TOGETHER = 8  # images decoded at once: at 512 pixels each takes a gigabyte on the way
 
 
@@ -57,7 +58,8 @@ class FirstStage:
         return torch.cat([network.decode(part).sample for part in parts])
 
     def _scale(self) -> float:
-        default = 1.0 if self.component == "vqvae" else None
+        # folders saved before diffusers wrote the key down: what its class then has
+        default = 1.0 if self.component == "vqvae" else STABLE_DIFFUSION
         scale = self._config.get("scaling_factor", default)
         if not isinstance(scale, int | float) or not 0 < scale < math.inf:
             raise ConfigError(
