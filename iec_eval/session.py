@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from iec_eval import inspection, processes, status
@@ -99,6 +100,7 @@ def prepare(
     Raises ConfigError and its kin for anything wrong, before anything expensive.
     """
     study = studies.load(source, overrides)
+    _compute_exactly()
     registry = load_registry()
     _tell_broken(registry)
     plans = plan_with_controls(study, registry, lacking)
@@ -118,6 +120,12 @@ def prepare(
         for plan in of_seeds
     ]
     return Session(study, registry, run, jobs, metrics, processes.launch_id())
+
+
+def _compute_exactly() -> None:
+    """Single precision is single precision: an image must not depend on which GPU makes it."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def open_run(session: Session, *, retry: bool = True) -> None:

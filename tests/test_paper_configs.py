@@ -400,6 +400,7 @@ def test_four_bits_are_reconstructed_with_the_rates_of_the_data_set(path: Path) 
             assert learned["preset"] == presets[data_set(path)]
             by_layer = "block" if data_set(path) == "coco" else "layer"
             assert learned.get("granularity", "block") == by_layer
+            assert learned["regularizer"] == "official"  # no release applies one
         cachequant = methods.get("cachequant")
         if cachequant and data_set(path) == "cifar10" and "W8A8" in row.name:
             assert cachequant["correction"] == {"layers": ["conv_shortcut"]}
