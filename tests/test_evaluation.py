@@ -281,12 +281,10 @@ def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_single_precision_is_not_rounded_to_tf32(
-    launched: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_precision_is_not_rounded_to_tf32(launched: Run) -> None:
     """PyTorch's default lets convolutions do so on GPUs that can."""
     for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", True)
+        backend.allow_tf32 = True
     prepare(str(launched.study), [], launched.out)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
