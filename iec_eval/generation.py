@@ -36,6 +36,8 @@ from iec_eval.stopping import StopRequest, Terminated
 from iec_eval.study import ExecutionSpec
 from iec_eval.work import Queue, Share, Task
 
+# of which torch before 2.8 has only the first
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 STOPPING_SECONDS = 600.0  # what the other processes get to finish their micro-batches
 
 
@@ -232,7 +234,13 @@ def _processes(execution: ExecutionSpec) -> int:
 
 
 def record_failure(folder: VariantFolder, error: Exception, launch: str) -> None:
-    """Leave the reason in the variant's folder: one line, then where it happened."""
+    """Leave the reason in the variant's folder: one line, then where it happened.
+
+    Where the fault may be this process's device (no memory left, or an error that stays), it is no
+    reason for other processes of the launch to pass the variant over.
+    """
+    if isinstance(error, DEVICE_ERRORS):
+        launch = f"{launch}, one process"
     reason = str(error) if isinstance(error, IecEvalError) else f"{type(error).__name__}: {error}"
     first_line = (reason.splitlines() or [type(error).__name__])[0]
     folder.write_failure(first_line, traceback.format_exc(), launch)

@@ -60,6 +60,10 @@ class Job:
         """Whether nothing of ``part`` is missing."""
         return covers(self.finished(), part)
 
+    def whole(self) -> bool:
+        """Whether images and features are all there."""
+        return self.complete(IndexRange(0, self.count)) and not self.unseen()
+
     def may_drop(self, part: IndexRange) -> bool:
         """Whether nobody will read these images again: not the networks, nor the gallery."""
         files = (features_file(self.folder, part, network) for network in self.networks)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from iec_eval import __version__, hookspecs
 from iec_eval.errors import PluginError, UnknownName
+from iec_eval.stopping import Terminated
 
 BUILTINS = (
     "iec_eval.models.hooks",
@@ -193,7 +194,7 @@ def _load(
         manager.register(plugin, name=f"{distribution.distribution}:{entry_point.value}")
         manager.check_pending()
     except BaseException as error:  # a plugin may even call sys.exit at import
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt | Terminated):
             raise
         if plugin is not None and manager.is_registered(plugin):
             manager.unregister(plugin)

@@ -45,6 +45,15 @@ def manifest(
     }
 
 
+def recorded(path: Path) -> dict[str, Any] | None:
+    """The content of a ``manifest.json``; None if there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def recorded_settings(path: Path) -> dict[str, Any] | None:
     """What a run's images were made of besides a row's own parts, from its ``manifest.json``.
 

@@ -253,7 +253,7 @@ def asked_for(execution: ExecutionSpec) -> tuple[int | str, int]:
             raise ConfigError(
                 f"execution.num_nodes: {execution.num_nodes} nodes need something that starts a "
                 "process on each, and nothing has; wanted srun, torchrun, or MASTER_ADDR, "
-                "MASTER_PORT and NODE_RANK set on each node"
+                "MASTER_PORT and NODE_RANK set on each node, or -s execution.num_nodes=1"
             )
         return execution.devices, execution.num_nodes
     tasks, nodes = processes.count(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))

@@ -264,9 +264,9 @@ class VariantFolder:
             return None
         return lines[0] if lines else "unknown reason"
 
-    def forget_failure(self, launch: str) -> None:
-        """Remove the record of a failure, unless it is of ``launch``."""
-        if self.failure() is not None and self.failure(launch) is None:
+    def forget_failure(self, but: str | None = None) -> None:
+        """Remove the record of a failure, unless it is of the launch ``but``."""
+        if self.failure() is not None and (but is None or self.failure(but) is None):
             self.error_file.unlink(missing_ok=True)
 
     def _failure_lines(self) -> list[str] | None:

@@ -165,7 +165,11 @@ def launch(study: Study, out: Path, missing: Missing, options: Options) -> str:
             )
         if not options.force:
             _refuse_while_queued(out)
-        content = study.model_dump(mode="json", exclude_defaults=True)
+        # nodes are sbatch's affair: a job of one task could not start processes on several
+        alone = study.execution.model_copy(update={"num_nodes": 1})
+        content = study.model_copy(update={"execution": alone}).model_dump(
+            mode="json", exclude_defaults=True
+        )
         write_text(made.study, yaml.safe_dump(content, sort_keys=False))
         return _as_text(made, _submit(made))
 

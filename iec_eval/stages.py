@@ -125,6 +125,9 @@ def _check_shown(session: Session) -> None:
 
 def _scored(session: Session) -> tuple[Results, Estimates]:
     _check_shown(session)
+    for job in session.jobs:
+        if job.whole():  # somebody has done since what failed once
+            job.folder.forget_failure()
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))
     costs = evaluation_costs([job.plan for job in session.firsts])
@@ -175,13 +178,15 @@ def _scored_row(
 def report(session: Session, results: Results, *, scored: bool = False) -> list[Path]:
     """Write everything that shows the results; all files of the run's results.
 
-    ``scored``: they have just been.
+    Where they have just been ``scored`` the manifest is new; else it stays that of who scored them.
     """
     folder = session.run.path
-    made = provenance.manifest(
-        session.study, session.jobs, results.protocol, session.registry.distributions
-    )
-    write_json(folder / "manifest.json", made)
+    made = None if scored else provenance.recorded(folder / "manifest.json")
+    if made is None:
+        made = provenance.manifest(
+            session.study, session.jobs, results.protocol, session.registry.distributions
+        )
+        write_json(folder / "manifest.json", made)
     rows = [row for job in session.firsts if (row := _gallery_row(job)) is not None]
     paths = write_report(
         folder,

@@ -67,7 +67,8 @@ def generate(source: str, overrides: Sequence[str], out: Path | None, shard: str
     session = prepare(source, overrides, out)
     dropping = not session.study.execution.keep_images  # which takes looking at them
     stages.make(session, Share(features=dropping, shard=_shard(shard), wait=False))
-    failed = any(job.folder.failure(session.launch) for job in session.jobs)
+    size = session.study.execution.chunk_size
+    failed = any(job.folder.failure() is not None and job.missing(size) for job in session.jobs)
     return int(processes.leads() and failed)
 
 

@@ -121,10 +121,10 @@ def row_speeds(
 
     Raises UnknownName if ``given`` names no row.
     """
-    names = [job.name for job in jobs]
+    names = [job.plan.experiment.name for job in jobs]
     unknown = sorted(given.keys() - set(names))
     if unknown:
-        raise UnknownName("row in --seconds-per-image:", unknown[0], names)
+        raise UnknownName("row in --seconds-per-image:", unknown[0], list(dict.fromkeys(names)))
     measured = [_measured_row(job.folder) for job in jobs]
     told = [Speed(given[name], "given") if name in given else None for name in names]
     known = measured if any(measured) else told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import Result
 from conftest import VARIANTS, Toy
 from torch import Tensor
 
+from iec_eval import stages
 from iec_eval.cost import evaluation_costs
 from iec_eval.evaluation import by_network, evaluate, groups, protocol, score
 from iec_eval.intervals import Estimate
@@ -279,6 +281,21 @@ def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ClassifierFeatures, "extract", counted)
     return calls
+
+
+def test_a_failure_that_somebody_has_made_good_since_is_forgotten(
+    launched: Run, tmp_path: Path
+) -> None:
+    """The features of a row failed in the evaluating job of a launch, and are there now."""
+    out = tmp_path / "out"
+    shutil.copytree(launched.out, out)
+    session = prepare(str(launched.study), [], out)
+    session.jobs[1].folder.write_failure("OutOfMemoryError: no", "", "an earlier launch")
+    assert stages.score(session, heal=False).variants[1].status == "done"
+    assert session.jobs[1].folder.failure() is None
+    session.jobs[1].folder.write_failure("OutOfMemoryError: no", "", "an earlier launch")
+    next(session.jobs[1].folder.path.glob("features/**/*.safetensors")).unlink()
+    assert stages.score(session, heal=False).variants[1].status == "failed"
 
 
 def test_single_precision_is_not_rounded_to_tf32(launched: Run) -> None:

@@ -16,6 +16,7 @@ from click.testing import Result
 from iec_eval import plugins
 from iec_eval.errors import PluginError, UnknownName
 from iec_eval.plugins import BUILTINS, RESTRICT, load_registry, plugin_manager
+from iec_eval.stopping import Terminated, ending_when_asked
 
 Cli = Callable[..., Result]
 Install = Callable[..., str]
@@ -212,6 +213,13 @@ def test_half_a_module_is_not_loaded(install: Install) -> None:
 def test_an_interruption_is_not_a_broken_plugin(install: Install) -> None:
     install("slow", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
+        plugin_manager()
+
+
+def test_a_signal_while_a_plugin_is_imported_ends_the_program(install: Install) -> None:
+    """As at any other moment: SLURM's, before it preempts, or when a time limit is near."""
+    install("slow", "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n")
+    with ending_when_asked(), pytest.raises(Terminated):
         plugin_manager()
 
 

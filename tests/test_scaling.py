@@ -213,6 +213,16 @@ def test_measured_rows_come_first_and_tell_the_others(
     assert found["networks"][0]["seconds"] > 0
 
 
+def test_what_is_given_of_a_row_is_so_for_each_of_its_seeds(
+    cli: Cli, write_study: Write, tmp_path: Path
+) -> None:
+    study = write_study(tmp_path, images={"seeds": [3, 4], "count": 10})
+    name = VARIANTS[1]["name"]
+    found = scale(cli, study, "--seconds-per-image", "55", "--seconds-per-image", f"{name}=7")
+    seconds = [row["seconds"] for row in found["rows"]]
+    assert seconds[:4] == [55, 55, 7, 7]
+
+
 def test_what_is_given_tells_the_others_where_nothing_is_measured(
     cli: Cli, write_study: Write, tmp_path: Path
 ) -> None:

@@ -118,6 +118,19 @@ def test_a_study_becomes_a_chain_of_jobs(
     assert yaml.safe_load(snapshot.read_text())["images"]["count"] == 9
 
 
+def test_nodes_are_the_schedulers_affair(
+    cli: Cli, write_study: Write, fake: FakeSlurm, tmp_path: Path
+) -> None:
+    """A job of one task, such as the last one, could not start processes on several nodes."""
+    execution = {"num_nodes": 2, "batch_size": 4, "chunk_size": 4, "accelerator": "cpu"}
+    study, out = write_study(tmp_path, execution=execution), tmp_path / "out"
+    assert cli("launch", study, "-o", out, "--slurm", "--nodes", 2).exit_code == 0
+    (snapshot,) = out.glob("slurm/*.yaml")
+    assert load(str(snapshot)).execution.num_nodes == 1
+    assert load(str(snapshot)) == load(str(study), ["execution.num_nodes=1"])
+    assert fake.calls("sbatch")
+
+
 def test_ids_of_launches_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.new_id() != slurm.new_id()
     assert slurm.new_id().replace("-", "").isalnum()

@@ -27,6 +27,7 @@ from forks import Fork, Server, serving
 from places import WITNESS, Place, assert_identical, assert_same_run
 
 from iec_eval import storage
+from iec_eval.generation import record_failure
 from iec_eval.results import read_results
 from iec_eval.runs import Chunk, IndexRange, VariantFolder, finished_ranges
 
@@ -324,6 +325,18 @@ def test_a_failure_is_known_to_every_launch_that_met_it(tmp_path: Path) -> None:
     assert folder.failure("one") == "it broke"
     folder.forget_failure("three")
     assert folder.failure() is None
+    folder.write_failure("it broke", "", "one")
+    folder.forget_failure()
+    assert folder.failure() is None
+
+
+def test_a_fault_of_one_device_is_no_reason_for_the_others(tmp_path: Path) -> None:
+    folder = VariantFolder(tmp_path)
+    record_failure(folder, torch.OutOfMemoryError("of 80 GB 79 are taken"), "one")
+    assert folder.failure() == "OutOfMemoryError: of 80 GB 79 are taken"
+    assert folder.failure("one") is None  # whoever has memory left goes on
+    record_failure(folder, RuntimeError("shapes"), "one")
+    assert folder.failure("one") == "RuntimeError: shapes"
 
 
 def test_a_row_that_fails_in_two_launches_at_once_is_not_tried_for_ever(
