@@ -96,16 +96,12 @@ def full_steps(
 
     What else the row calibrates is not, unless the schedule is calibrated on it.
     """
-    total, scheduling = len(plan.sampler.timesteps), _scheduling(plan)
+    scheduling = _scheduling(plan)
     if missing_for_schedule(plan, store):
         calibrator = Calibrator(device, progress)
         _apply(plan, plan.model.load(), store, calibrator, max(scheduling) + 1)
-    steps = frozenset(range(total))
-    keys = [key for _, key in _keyed(plan)]
-    for i, part in enumerate(plan.parts()):
-        artifact = obtain(part, keys[i], None, store) if i in scheduling else {}
-        steps &= frozenset(part.full_steps(total, artifact))
-    return steps
+    keyed = _keyed(plan)
+    return plan.full_steps({i: obtain(*keyed[i], None, store) for i in scheduling})
 
 
 def missing_for_schedule(plan: Plan, store: RunFolder) -> list[str]:

@@ -13,9 +13,15 @@ from typing import Any
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import evaluator_of
-from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.efficiency.base import Artifact, EfficiencyMethod
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.fingerprints import digest, identity, model_identity, row_fingerprint
+from iec_eval.fingerprints import (
+    digest,
+    fingerprint_over_seeds,
+    identity,
+    model_identity,
+    row_fingerprint,
+)
 from iec_eval.models.base import DiffusionModel
 from iec_eval.options import BaseOptions, validated
 from iec_eval.plugins import Registry
@@ -61,10 +67,17 @@ class Plan:
 
         Raises Incompatible if a method leaves step 0 out.
         """
+        return self.full_steps({})
+
+    def full_steps(self, artifacts: Mapping[int, Artifact]) -> frozenset[int]:
+        """The same after calibration: ``artifacts`` of the parts that schedule, by position.
+
+        Raises Incompatible if a method leaves step 0 out.
+        """
         total = len(self.sampler.timesteps)
         steps = frozenset(range(total))
-        for part in self.parts():
-            steps &= frozenset(part.full_steps(total, {}))
+        for i, part in enumerate(self.parts()):
+            steps &= frozenset(part.full_steps(total, artifacts.get(i, {})))
         if 0 not in steps:
             raise Incompatible("an efficiency method leaves out step 0, which must be full")
         return steps
@@ -167,6 +180,21 @@ def plan_like(plan: Plan, registry: Registry, **changes: Any) -> Plan:
     """
     row = plan.experiment.model_copy(update=changes)
     return Planner(registry, plan.model, plan.identity, plan.batching).plan(row)
+
+
+def plans_of_seeds(plan: Plan, registry: Registry) -> list[Plan]:
+    """The plans of the same row for each seed of its study."""
+    return [
+        plan if images == plan.experiment.images else plan_like(plan, registry, images=images)
+        for images in plan.experiment.images.each()
+    ]
+
+
+def fingerprint_in_results(of_seeds: Sequence[Plan]) -> str:
+    """That of a row in results, from its plans for each seed."""
+    found = [plan.fingerprint for plan in of_seeds]
+    several = of_seeds[0].experiment.images.seeds is not None
+    return fingerprint_over_seeds(found) if several else found[0]
 
 
 def distinct_networks(plans: Iterable[Plan]) -> dict[str, Plan]:

@@ -16,10 +16,9 @@ from iec_eval import study as studies
 from iec_eval.controls import plan_with_controls
 from iec_eval.errors import Incompatible
 from iec_eval.evaluation import networks, protocol
-from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.jobs import Job, by_row
 from iec_eval.metrics.base import Metric
-from iec_eval.planning import plan_like
+from iec_eval.planning import fingerprint_in_results, plans_of_seeds
 from iec_eval.plugins import Registry, load_registry
 from iec_eval.results import Results, differing
 from iec_eval.runs import RunFolder
@@ -51,12 +50,8 @@ class Session:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of each row, by name, the fingerprint that it has in results."""
-        of_seeds = {
-            jobs[0].plan.experiment.name: [j.plan.fingerprint for j in jobs] for jobs in self.rows
-        }
-        if self.study.images.seeds is None:
-            return {name: found[0] for name, found in of_seeds.items()}
-        return {name: fingerprint_over_seeds(found) for name, found in of_seeds.items()}
+        of_rows = [[job.plan for job in jobs] for jobs in self.rows]
+        return {plans[0].experiment.name: fingerprint_in_results(plans) for plans in of_rows}
 
     def what_differs(self, results: Results) -> str:
         """In what results are not of this study, or nothing.
@@ -104,11 +99,7 @@ def prepare(
     registry = load_registry()
     _tell_broken(registry)
     plans = plan_with_controls(study, registry, lacking)
-    of_seeds = [
-        plan if images == plan.experiment.images else plan_like(plan, registry, images=images)
-        for plan in plans
-        for images in study.images.each()
-    ]
+    of_seeds = [one for plan in plans for one in plans_of_seeds(plan, registry)]
     metrics = plan_metrics(study, registry, plans, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     keep = study.execution.keep_images

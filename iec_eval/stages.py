@@ -126,7 +126,8 @@ def _check_shown(session: Session) -> None:
 def _scored(session: Session) -> tuple[Results, Estimates]:
     _check_shown(session)
     for job in session.jobs:
-        if job.whole():  # somebody has done since what failed once
+        # somebody may have done since what failed once; only then is everything looked for
+        if job.folder.failure() is not None and job.whole():
             job.folder.forget_failure()
     progress = Progress("features")
     progress.start(len(session.jobs) * session.study.images.count * groups(session.metrics))

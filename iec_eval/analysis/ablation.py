@@ -17,8 +17,7 @@ import yaml
 from iec_eval.analysis.bench import Subject, correctors, uncorrected
 from iec_eval.callbacks.iec import Ends, corrected_steps
 from iec_eval.cost import EvaluationCost, expected_evaluations
-from iec_eval.fingerprints import fingerprint_over_seeds
-from iec_eval.planning import Plan, plan_like
+from iec_eval.planning import Plan, fingerprint_in_results, plan_like, plans_of_seeds
 from iec_eval.plugins import Registry
 from iec_eval.report.wording import quality_metric
 from iec_eval.results import Variant, read_results
@@ -50,7 +49,7 @@ def choices(subject: Subject, registry: Registry) -> list[Choice]:
     plan, full = subject.plan, subject.full_steps
 
     def choice(label: str, where: Any, changed: Plan) -> Choice:
-        fingerprint = _over_seeds(changed, registry)
+        fingerprint = fingerprint_in_results(plans_of_seeds(changed, registry))
         return Choice(f"{subject.name}, {label}", label, where, changed, fingerprint)
 
     made = [choice("none", None, uncorrected(plan, registry))]
@@ -62,15 +61,6 @@ def choices(subject: Subject, registry: Registry) -> list[Choice]:
             changed = plan_like(plan, registry, callbacks=_callbacks(plan, where))
             made.append(choice(label, where, changed))
     return made
-
-
-def _over_seeds(plan: Plan, registry: Registry) -> str:
-    images = plan.experiment.images
-    if images.seeds is None:
-        return plan.fingerprint
-    return fingerprint_over_seeds(
-        plan_like(plan, registry, images=one).fingerprint for one in images.each()
-    )
 
 
 def _places(full: frozenset[int]) -> list[tuple[str, Any]]:

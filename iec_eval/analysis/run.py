@@ -381,16 +381,16 @@ def _write_ablation(asked: Analysis) -> list[str]:
     corrected = [row for row in asked.rows if correctors(row.plan)]
     if not corrected:
         return ["Ablation: left out, no row has a corrector."]
-    of_rows = [(row, ablation.choices(row, asked.registry)) for row in corrected]
-    full: dict[str, frozenset[int]] = {}
-    kept = list[ablation.Choice]()
-    for row, some in of_rows:
-        kept += [one for one in some if one.fingerprint not in full]
-        full |= {one.fingerprint: row.full_steps for one in some}
+    distinct = dict[str, tuple[Subject, ablation.Choice]]()
+    for row in corrected:
+        for choice in ablation.choices(row, asked.registry):
+            distinct.setdefault(choice.fingerprint, (row, choice))
+    kept = [choice for _, choice in distinct.values()]
     path = asked.folder / "ablation.yaml"
     ablation.write_study(path, ablation.study_of(asked.study, kept))
     count = asked.study.images.count
-    evaluations = sum(_trajectory(one.plan, full[one.fingerprint]) for one in kept) * count
+    each = [_trajectory(choice.plan, row.full_steps) for row, choice in distinct.values()]
+    evaluations = sum(each) * count
     return [
         f"Ablation: {len(kept)} rows in {path}, which take {evaluations:,.0f} network evaluations "
         f"for {count:,} images each, and full precision. For their scores, and the measured "
