@@ -31,12 +31,20 @@ class Terminated(BaseException):
 def ending_when_asked() -> Iterator[None]:
     """Within the block the signals raise Terminated at once, but where a StopRequest listens.
 
-    It is for work that is short, or that keeps drafts: calibration, scoring, the report.
+    It is for work that is short, or that keeps drafts: calibration, scoring, the report. A library
+    that wraps what its callbacks raise, as pydantic does while it writes, hides no interruption:
+    what leaves the block then is the Terminated or KeyboardInterrupt behind.
     """
     with restored_handlers():
         for signum in STATUSES:
             signal.signal(signum, _end)
-        yield
+        try:
+            yield
+        except Exception as error:
+            interruption = _behind(error)
+            if interruption is None:
+                raise
+            raise interruption from None
 
 
 @contextmanager
@@ -101,3 +109,10 @@ class StopRequest:
 
 def _end(signum: int, frame: FrameType | None) -> None:
     raise Terminated(signal.Signals(signum))
+
+
+def _behind(error: BaseException | None) -> Terminated | KeyboardInterrupt | None:
+    """The interruption that ``error`` was raised from, or None."""
+    while error is not None and not isinstance(error, Terminated | KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel, model_serializer
 
 from iec_eval import processes, ranks, work
 from iec_eval.claims import Claims
@@ -21,7 +22,12 @@ from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.generation import _batches
 from iec_eval.processes import Owner
 from iec_eval.runs import Chunk, IndexRange, Spent, VariantFolder, missing_ranges
-from iec_eval.stopping import SAME_REQUEST_SECONDS, StopRequest, Terminated
+from iec_eval.stopping import (
+    SAME_REQUEST_SECONDS,
+    StopRequest,
+    Terminated,
+    ending_when_asked,
+)
 from iec_eval.study import ExecutionSpec
 from iec_eval.work import ATTEMPTS, Queue, Share, Task, _in_own_order, something_to_do, waiting
 
@@ -337,6 +343,28 @@ def test_the_first_request_is_polite_and_the_second_is_not(
         with pytest.raises(Terminated):
             stop.check(urgent=True)
     assert heard == [signum] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_an_interruption_is_not_hidden_by_the_library_it_went_through(
+    number: signal.Signals,
+) -> None:
+    """pydantic makes an error of its own of whatever one of its callbacks raises."""
+
+    class Slow(BaseModel):
+        @model_serializer
+        def _written(self) -> dict[str, str]:
+            signal.raise_signal(number)
+            return {}
+
+    with pytest.raises((Terminated, KeyboardInterrupt)) as ended, ending_when_asked():
+        Slow().model_dump()
+    assert getattr(ended.value, "signum", signal.SIGINT) == number
+
+
+def test_errors_leave_the_block_as_they_are() -> None:
+    with pytest.raises(KeyError, match="own"), ending_when_asked():
+        raise KeyError("own") from ValueError("cause")
 
 
 def test_requests_end_with_their_block() -> None:
