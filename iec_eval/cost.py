@@ -16,6 +16,7 @@ from iec_eval.assembly import Assembly, assemble_skeleton
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.errors import IecEvalError
 from iec_eval.fingerprints import digest
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
@@ -57,13 +58,44 @@ class EvaluationCost:
         return full * evaluations_full + cached * evaluations_cached
 
 
+@dataclass(frozen=True)
+class Uncounted:
+    """In place of a cost that could not be counted: some part needs more than shapes to run.
+
+    Attributes:
+        reason: what that part said, in one line.
+    """
+
+    reason: str
+    weight_bytes: None = None
+
+    def macs(self, evaluations_full: float, evaluations_cached: float) -> None:
+        """Not known."""
+
+    def bit_operations(self, evaluations_full: float, evaluations_cached: float) -> None:
+        """Not known."""
+
+
 _COUNTED: WeakKeyDictionary[DiffusionModel, dict[str, tuple[Work, Work]]] = WeakKeyDictionary()
 
 
-def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost]:
+def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost | Uncounted]:
     """The cost of an evaluation in each row, found once for rows with the same network."""
-    found = {key: evaluation_cost(plan) for key, plan in distinct_networks(plans).items()}
+    found = {key: _cost_if_counted(plan) for key, plan in distinct_networks(plans).items()}
     return [found[network_key(plan)] for plan in plans]
+
+
+def _cost_if_counted(plan: Plan) -> EvaluationCost | Uncounted:
+    try:
+        return evaluation_cost(plan)
+    except IecEvalError:  # a row that cannot be at all
+        raise
+    except Exception as error:  # a part that cannot be counted can still be run
+        return Uncounted(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def evaluation_cost(plan: Plan) -> EvaluationCost:

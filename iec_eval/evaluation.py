@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from iec_eval.cost import EvaluationCost
+from iec_eval.cost import EvaluationCost, Uncounted
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
 from iec_eval.fingerprints import fingerprint_over_seeds
 from iec_eval.intervals import Estimate, is_spread
@@ -96,7 +96,7 @@ def evaluate(
 def score(
     job: Job,
     metrics: Sequence[Metric],
-    cost: EvaluationCost,
+    cost: EvaluationCost | Uncounted,
     progress: Progress,
     base: Job | None = None,
 ) -> Scored:
@@ -125,7 +125,9 @@ def score(
     finally:
         for metric in metrics:
             metric.reset()
-    scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": lacking})
+    notes = [lacking, f"MACs not counted, {cost.reason}" if isinstance(cost, Uncounted) else None]
+    said = "; ".join(filter(None, notes)) or None
+    scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": said})
     return Scored(scored, estimates, _directions(found))
 
 
@@ -291,7 +293,7 @@ def _empty_row(job: Job) -> Variant:
     )
 
 
-def _cost(spent: SpentPerImage, cost: EvaluationCost) -> Cost:
+def _cost(spent: SpentPerImage, cost: EvaluationCost | Uncounted) -> Cost:
     return Cost(
         evaluations_full=spent.evaluations_full,
         evaluations_cached=spent.evaluations_cached,

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from iec_eval import status
 from iec_eval.assembly import artifact_keys, missing_artifacts
-from iec_eval.cost import EvaluationCost, evaluation_costs, expected_evaluations
+from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs, expected_evaluations
 from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.jobs import Job, by_row
 from iec_eval.plugins import BASES, Registry
@@ -164,7 +164,11 @@ def _artifacts(job: Job, run: RunFolder) -> list[dict[str, str]]:
 
 
 def _row(
-    jobs: Sequence[Job], cost: EvaluationCost, study: Study, run: RunFolder, tflops: float
+    jobs: Sequence[Job],
+    cost: EvaluationCost | Uncounted,
+    study: Study,
+    run: RunFolder,
+    tflops: float,
 ) -> dict[str, Any]:
     job, size = jobs[0], study.execution.chunk_size
     expected = expected_evaluations(job.plan)
@@ -191,7 +195,8 @@ def _row(
         "seeds": study.images.seeds,
         "missing": sum(len(part) for one in jobs for part in one.missing(size)),
         "disk_bytes": count * channels * height * width,
-        "hours": 2 * macs * count / (tflops * 1e12) / 3600,
+        "hours": None if macs is None else 2 * macs * count / (tflops * 1e12) / 3600,
+        "not_counted": cost.reason if isinstance(cost, Uncounted) else None,
     }
 
 
@@ -199,12 +204,14 @@ def _row_as_text(row: dict[str, Any]) -> str:
     waiting = [artifact["part"] for artifact in row["artifacts"] if artifact["state"] == "missing"]
     calibration = f"; to calibrate: {', '.join(waiting)}" if waiting else ""
     lacks = "".join(f"\n    lacks {Lack(**lack)}" for lack in row["lacks"])
+    uncounted = f"\n    MACs not counted, {row['not_counted']}" if row["not_counted"] else ""
     return (
         f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
         f"{row['evaluations_cached']} cached evaluations, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
         f"images{_seeds(row['seeds'])} missing, {quantity(row['disk_bytes'], 'B')} on disk, "
         f"{_hours(row['hours'])}{calibration}{_judge_of_as_text(row['judge_of'])}{lacks}"
+        f"{uncounted}"
     )
 
 
@@ -222,15 +229,18 @@ def _judge_of_as_text(judge_of: Mapping[str, Relation]) -> str:
 
 def _total_as_text(rows: Sequence[dict[str, Any]], tflops: float) -> str:
     """The sum over rows; hours are of multiply-accumulates alone, two operations each."""
-    disk, hours = sum(row["disk_bytes"] for row in rows), sum(row["hours"] for row in rows)
+    disk, hours = sum(row["disk_bytes"] for row in rows), sum(row["hours"] or 0 for row in rows)
+    uncounted = "".join(f", nor {row['name']}" for row in rows if row["hours"] is None)
     return (
         f"In all {len(rows)} rows, {quantity(disk, 'B')} on disk, {_hours(hours)} of one process: "
         f"estimated from the U-Net's multiply-accumulates at {tflops:g} TFLOP/s; calibration, "
-        "decoding, scoring and the extra work of simulated bits are not in it"
+        f"decoding, scoring and the extra work of simulated bits are not in it{uncounted}"
     )
 
 
-def _hours(hours: float) -> str:
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "hours not known"
     return f"{hours:.1f} hours" if hours >= 0.1 else f"{3600 * hours:.0f} seconds"
 
 

@@ -103,7 +103,7 @@ class Cost(_Part):
 class Variant(_Part):
     """One row: its parts (as the study names them), its numbers and how it ended.
 
-    ``error`` says why a row is not done; of a done one, why it lacks a metric that others have.
+    ``error`` says why a row is not done; of a done one, what it lacks (a metric, MACs).
     ``doubt`` says why what the paper reports of the row is in doubt. ``judge_of`` names the rows
     that are compared with this one, and what it is to each; ``lacks`` are those that it should
     have had itself and has not; ``comparisons`` are this row's with its own judges. Files

@@ -14,7 +14,7 @@ from iec_eval.analysis.run import analyzed_folders
 from iec_eval.assembly import calibrate as calibrate_plan
 from iec_eval.assembly import missing_artifacts
 from iec_eval.comparisons import with_comparisons
-from iec_eval.cost import EvaluationCost, evaluation_costs
+from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs
 from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
 from iec_eval.evaluation import Scored, groups, over_seeds, protocol
 from iec_eval.evaluation import score as score_row
@@ -165,7 +165,7 @@ def _scored_row(
     session: Session,
     jobs: Sequence[Job],
     bases: Sequence[Job],
-    cost: EvaluationCost,
+    cost: EvaluationCost | Uncounted,
     progress: Progress,
 ) -> Scored:
     """A row, each seed against the full-precision row of the same seed."""

@@ -53,7 +53,7 @@ class ScaleQuestion:
     def answered(
         self,
         jobs: Sequence[Job],
-        macs: Sequence[float],
+        macs: Sequence[float | None],
         study: Study,
         metrics: Sequence[Metric],
         tflops: float,
@@ -64,7 +64,9 @@ class ScaleQuestion:
         """
         counts, assumed = process_counts(self.processes), Assumptions.replaced(self.assume)
         speeds = row_speeds(jobs, macs, given_seconds(jobs, self.seconds_per_image), tflops)
-        each = sum(speed.seconds for speed in speeds) / sum(macs)
+        counted = [(one.seconds, work) for one, work in zip(speeds, macs, strict=True) if work]
+        all_macs = sum(work for _, work in counted)
+        each = sum(one for one, _ in counted) / all_macs if counted else 2 / (tflops * 1e12)
         return Scaling.of(workload(jobs, study, metrics, speeds, each, assumed), assumed, counts)
 
 
@@ -112,14 +114,14 @@ def workload(
 
 
 def row_speeds(
-    jobs: Sequence[Job], macs: Sequence[float], given: Mapping[str, float], tflops: float
+    jobs: Sequence[Job], macs: Sequence[float | None], given: Mapping[str, float], tflops: float
 ) -> list[Speed]:
     """How long each row takes for an image: measured, given, or by its multiply-accumulates.
 
     Work, ``macs`` for an image of each row, is counted at the speed of the rows that are measured,
     else of those that are given, else at ``tflops`` 10^12 operations a second, two for each.
 
-    Raises UnknownName if ``given`` names no row.
+    Raises UnknownName if ``given`` names no row, ConfigError for a row of which nothing is known.
     """
     names = [job.plan.experiment.name for job in jobs]
     unknown = sorted(given.keys() - set(names))
@@ -129,8 +131,13 @@ def row_speeds(
     told = [Speed(given[name], "given") if name in given else None for name in names]
     known = measured if any(measured) else told
     sure = [one or two for one, two in zip(measured, told, strict=True)]
+    for name, one, work in zip(names, sure, macs, strict=True):
+        if one is None and work is None:
+            raise ConfigError(
+                f"{name}: its MACs cannot be counted; wanted --seconds-per-image '{name}=SECONDS'"
+            )
     return [
-        one if one is not None else _by_work(work, known, macs, tflops)
+        one if one is not None else _by_work(work or 0.0, known, macs, tflops)
         for one, work in zip(sure, macs, strict=True)
     ]
 
@@ -152,9 +159,9 @@ def given_seconds(jobs: Sequence[Job], texts: Iterable[str]) -> dict[str, float]
 
 
 def _by_work(
-    macs: float, known: Sequence[Speed | None], all_macs: Sequence[float], tflops: float
+    macs: float, known: Sequence[Speed | None], all_macs: Sequence[float | None], tflops: float
 ) -> Speed:
-    pairs = [(one, work) for one, work in zip(known, all_macs, strict=True) if one is not None]
+    pairs = [(one, work) for one, work in zip(known, all_macs, strict=True) if one and work]
     if not pairs:
         return Speed(2 * macs / (tflops * 1e12), f"its MACs at {tflops:g} TFLOP/s")
     each = sum(one.seconds for one, _ in pairs) / sum(work for _, work in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
+from conftest import installed_plugin
 from diffusers import UNet2DModel
 from helpers import build, ddim, packaged
 from torch import Tensor
@@ -22,6 +25,7 @@ from iec_eval.cost import EvaluationCost, evaluation_cost
 from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.plugins import load_registry
+from iec_eval.results import read_results
 from iec_eval.study import load
 from iec_eval.study_plans import plan_study
 
@@ -165,3 +169,71 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+PICKY = """
+from torch import nn
+from iec_eval.api import EfficiencyMethod, hookimpl
+
+class Looking(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample, timestep, **inputs):
+        found = self.network(sample, timestep, **inputs)
+        return found if found.sample.abs().max().item() > 0 else None
+
+class Picky(EfficiencyMethod):
+    name = "picky"
+
+    def apply(self, network, clock, artifact):
+        return Looking(network)
+
+@hookimpl
+def iec_eval_efficiency_methods():
+    return [Picky]
+"""
+
+
+@pytest.fixture(scope="module")
+def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Installs a method that looks at values, which a network without data has none of."""
+    with installed_plugin(tmp_path_factory.mktemp("site"), "picky", PICKY):
+        yield
+
+
+def test_a_method_that_cannot_be_counted_has_no_macs_and_takes_nobody_elses(
+    cli: Callable[..., Result], write_study: Callable[..., Path], picky: None, tmp_path: Path
+) -> None:
+    method = [{"name": "picky"}]
+    variants = [
+        {"name": "full precision"},
+        {"name": "picky", "efficiency": method},
+        {"name": "picky + IEC", "efficiency": method, "callbacks": [{"name": "iec"}]},
+    ]
+    study, out = write_study(tmp_path, variants=variants), tmp_path / "out"
+    why = "MACs not counted, RuntimeError: Tensor.item() cannot be called on meta tensors"
+    shown = cli("show", study)
+    assert (shown.exit_code, shown.stdout.count(why)) == (0, 2), shown.stdout
+    assert "are not in it, nor picky, nor picky + IEC" in shown.stdout
+    launched = cli("launch", study, "-o", out)
+    assert launched.exit_code == 0, launched.stderr
+    plain, *others = read_results(out / "results.json").variants
+    assert plain.cost.relative_macs == 1
+    for row in others:
+        assert row.status == "done"
+        assert (row.error or "").startswith(why)
+        assert (row.cost.macs_per_image, row.cost.weight_bytes) == (None, None)
+        assert row.cost.evaluations_full is not None
+        assert row.metrics
+    assert why in cli("table", out).stdout
+    assert why in (out / "report.html").read_text()
+    assert cli("status", out).exit_code == 0
+    shutil.copytree(out, tmp_path / "other")
+    assert cli("compare", out, tmp_path / "other").exit_code == 0
+    scaled = cli("show", study, "--scale", "1")
+    assert scaled.exit_code == 2
+    assert "picky: its MACs cannot be counted; wanted --seconds-per-image" in scaled.stderr
+    given = ("--seconds-per-image", "picky=2", "--seconds-per-image", "picky + IEC=4")
+    assert cli("show", study, "--scale", "1", *given).exit_code == 0
