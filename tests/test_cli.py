@@ -112,7 +112,7 @@ def test_models_lists_every_part_with_its_options(cli: Cli) -> None:
     text = cli("models").stdout
     for part in parts:
         assert f"{part['kind']} {part['name']} ({part['distribution']}): {part['summary']}" in text
-        assert part["summary"]
+        assert part["summary"] or part["distribution"] != "iec_eval"  # others' need none
 
 
 def test_plugins_lists_the_builtins(cli: Cli) -> None:

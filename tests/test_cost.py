@@ -185,6 +185,7 @@ class Looking(nn.Module):
         return found if found.sample.abs().max().item() > 0 else None
 
 class Picky(EfficiencyMethod):
+    "Looks at what the network predicts."
     name = "picky"
 
     def apply(self, network, clock, artifact):
