@@ -55,6 +55,7 @@ def rows_listing(jobs: Sequence[Job], study: Study, run: RunFolder) -> dict[str,
         "images": study.images.count,
         "chunk_size": study.execution.chunk_size,
         "claim_timeout": study.execution.claim_timeout,
+        "stand_ins": jobs[0].stand_ins(),
         "rows": [{**row, "macs_per_image": known.get(row["folder"])} for row in rows],
     }
 

@@ -28,13 +28,15 @@ class Job:
 
     A row of several seeds is several jobs.
 
-    Images may be deleted only where no metric reads them: ``keep_images`` says so.
+    Images may be deleted only where no metric reads them: ``keep_images`` says so. An earlier
+    study of the same rows may have deleted some that a metric of this one reads.
     """
 
     plan: Plan
     folder: VariantFolder
     networks: Sequence[FeatureNetwork] = ()
     keep_images: bool = True
+    reads_images: bool = False
 
     @property
     def name(self) -> str:
@@ -49,8 +51,11 @@ class Job:
 
     def finished(self) -> list[IndexRange]:
         """Ranges whose images are there, or all that is wanted of them."""
-        scored = self.folder.scored([network_id(network) for network in self.networks])
-        return sorted({*self.folder.finished(), *scored})
+        return sorted({*self.folder.finished(), *self.folder.scored(self.stand_ins())})
+
+    def stand_ins(self) -> list[str]:
+        """Networks whose features, all together, stand in for deleted images; none if none do."""
+        return [] if self.reads_images else [network_id(network) for network in self.networks]
 
     def missing(self, chunk_size: int) -> list[IndexRange]:
         """Ranges that are not on disk yet."""

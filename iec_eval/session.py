@@ -104,11 +104,16 @@ def prepare(
     run = RunFolder(out if out is not None else Path("runs") / study.study)
     keep = study.execution.keep_images
     wanted = [] if lacking else networks(metrics)  # which must have their weights
-    if not keep:
-        _refuse_readers_of_images(metrics)
+    readers = [metric.name for metric in metrics if metric.network is None]
+    if readers and not keep:
+        raise Incompatible(
+            f"execution.keep_images: false deletes images once their features are there, but "
+            f"{', '.join(readers)} reads images; keep them or leave the metric out"
+        )
+    folders = [run.variant(plan.experiment.name, plan.fingerprint) for plan in of_seeds]
     jobs = [
-        Job(plan, run.variant(plan.experiment.name, plan.fingerprint), wanted, keep)
-        for plan in of_seeds
+        Job(plan, folder, wanted, keep, bool(readers))
+        for plan, folder in zip(of_seeds, folders, strict=True)
     ]
     return Session(study, registry, run, jobs, metrics, processes.launch_id())
 
@@ -153,15 +158,6 @@ def list_rows(session: Session) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def _refuse_readers_of_images(metrics: Sequence[Metric]) -> None:
-    readers = [metric.name for metric in metrics if metric.network is None]
-    if readers:
-        raise Incompatible(
-            f"execution.keep_images: false deletes images once their features are there, but "
-            f"{', '.join(readers)} reads images; keep them or leave the metric out"
-        )
 
 
 def _tell_broken(registry: Registry) -> None:

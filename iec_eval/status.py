@@ -198,10 +198,19 @@ class _Listing(BaseModel):
     images: PositiveInt
     chunk_size: PositiveInt
     claim_timeout: float
+    stand_ins: list[str] | None = None
     rows: list[_ListedRow]
 
 
 # --- rows ---------------------------------------------------------------------------------------
+
+
+def _finished(folder: VariantFolder, listing: Mapping[str, Any]) -> list[IndexRange]:
+    """Ranges of which the study wants nothing more."""
+    stand_ins = listing.get("stand_ins")
+    if stand_ins is None:  # a file from before it was there: nobody knows what the study reads
+        return folder.ever_finished()
+    return sorted({*folder.finished(), *folder.scored(stand_ins)})
 
 
 def _row(
@@ -212,7 +221,7 @@ def _row(
     names: Mapping[str, str],
 ) -> RowStatus:
     folder, count = VariantFolder(out / row["folder"]), int(listing["images"])
-    missing = missing_ranges(folder.ever_finished(), count, int(listing["chunk_size"]))
+    missing = missing_ranges(_finished(folder, listing), count, int(listing["chunk_size"]))
     artifacts = out / "artifacts"  # whether they are whole is not looked at: that takes reading
     waiting = [
         one

@@ -667,6 +667,25 @@ def test_another_feature_network_makes_the_images_again(
         assert "is-other" in row.metrics
 
 
+def test_a_metric_that_reads_images_has_deleted_ones_made_again(
+    dropped: Place, cli: Callable[..., Result], toy: Any
+) -> None:
+    """Deleted by an earlier study of the same rows, which read features only."""
+    again = copy_of(dropped)
+    metrics = [*toy.metrics(), {"name": "psnr"}]
+    wanted = (f"metrics={json.dumps(metrics)}", "controls=[full-precision]")
+    before = json.loads(cli("status", again.out, "--json").stdout)["rows"]
+    assert {row["state"] for row in before} == {"done"}
+    assert cli(*again.arguments(*wanted, verb="calibrate")).exit_code == 0
+    began = json.loads(cli("status", again.out, "--json").stdout)["rows"]
+    assert {row["state"] for row in began} == {"missing"}
+    done = launch(again, cli, *wanted)
+    assert done.exit_code == 0, done.output
+    for row in read_results(again.out / "results.json").variants:
+        assert (row.status, row.error) == ("done", None)
+    assert {path.stem for path in again.chunks} >= {path.stem for path in dropped.chunks}
+
+
 def test_metrics_that_read_images_want_them_kept(
     place: Callable[..., Place], cli: Callable[..., Result]
 ) -> None:
