@@ -102,7 +102,9 @@ class GenerationModule(LightningModule):
         except (StorageError, CorruptFile):
             raise
         except Exception as error:  # one variant's failure must not stop the others
-            record_failure(task.job.folder, error, self._claims.owner.launch)
+            # an artifact that is missing because its calibration failed is no reason of its own
+            if not isinstance(error, MissingArtifact) or task.job.folder.failure() is None:
+                record_failure(task.job.folder, error, self._claims.owner.launch)
             self._queue.give_up(task.job)
 
     def _make(self, task: Task) -> None:

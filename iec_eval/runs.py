@@ -265,8 +265,9 @@ class VariantFolder:
         return lines[0] if lines else "unknown reason"
 
     def forget_failure(self, but: str | None = None) -> None:
-        """Remove the record of a failure, unless it is of the launch ``but``."""
-        if self.failure() is not None and (but is None or self.failure(but) is None):
+        """Remove the record of a failure, unless it is of the launch ``but`` or a process of it."""
+        launches = [one.partition(",")[0] for one in self._failed_in()]
+        if self.failure() is not None and (but is None or but not in launches):
             self.error_file.unlink(missing_ok=True)
 
     def _failure_lines(self) -> list[str] | None:

@@ -95,6 +95,7 @@ class Queue:
         self._idle, self._looked = 0, 0.0
 
     def __iter__(self) -> Iterator[Task]:
+        unneeded = 0  # looks in a row that found nobody to wait for
         while not self._stopped():
             pending = self.pending()
             self._tell_left(pending)
@@ -108,7 +109,11 @@ class Queue:
                         self._tell_left(self.pending())
                 if self._stopped():
                     return
-            if not taken and not self._worth_waiting(pending):
+            if taken or self._worth_waiting(pending) or self._others_have_what_was_given_up():
+                unneeded = 0
+            elif self._given_up and not unneeded:  # between two tasks others hold nothing
+                unneeded = 1
+            else:
                 return
             self._idle = 0 if taken else self._idle + 1
             self._pause(min(POLL_SECONDS * self._idle, MAX_POLL_SECONDS))
@@ -169,7 +174,10 @@ class Queue:
             )
 
     def give_up(self, job: Job) -> None:
-        """Pass over all that is left of a row, whatever other launches make of it."""
+        """Pass over all that is left of a row, whatever others make of it.
+
+        Other processes of this job that go on with it are waited for.
+        """
         self._given_up.add(job.folder.path.name)
 
     def _failed(self, job: Job) -> bool:
@@ -184,6 +192,18 @@ class Queue:
         owners = [claim.owner for name, claim in held.items() if name in names]
         ours = [one for one in owners if one is None or one.beside(self._claims.owner)]
         return bool(ours) or (bool(owners) and self._share.wait) or len(owners) < len(names)
+
+    def _others_have_what_was_given_up(self) -> bool:
+        """Whether a process that ends with this one still makes what this one cannot."""
+        if not self._given_up:
+            return False
+        mine = self._claims.owner
+        return any(
+            name.split(".")[0] in self._given_up
+            and one.owner is not None
+            and one.owner.beside(mine)
+            for name, one in self._claims.held().items()
+        )
 
     def _pause(self, seconds: float) -> None:
         ends = time.monotonic() + min(seconds, self._claims.timeout / 4)

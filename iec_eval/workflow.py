@@ -172,8 +172,13 @@ def show(
     return json.dumps(found, indent=2)
 
 
-def analyze(source: str, overrides: Sequence[str], out: Path | None, question: Question) -> str:
-    """Measure what correction does to a study's rows, as far as it is not measured yet."""
+def analyze(
+    source: str, overrides: Sequence[str], out: Path | None, question: Question
+) -> tuple[str, bool]:
+    """Measure what correction does to a study's rows, as far as it is not measured yet.
+
+    Returns what was found, and whether every row could be measured.
+    """
     session = prepare(source, overrides, out)
     session.run.open()
     set_threads(session.study.execution)

@@ -67,6 +67,39 @@ def iec_eval_callbacks():
 """
 
 
+PICKY = """
+from torch import nn
+from iec_eval.api import BaseOptions, EfficiencyMethod, hookimpl
+from pydantic import Field
+
+class Looking(nn.Module):
+    def __init__(self, network, fails):
+        super().__init__()
+        self.network, self.fails = network, fails
+
+    def forward(self, sample, timestep, **inputs):
+        found = self.network(sample, timestep, **inputs)
+        if found.sample.abs().max().item() > 0 and self.fails:
+            raise ValueError("too much light")
+        return found
+
+class PickyOptions(BaseOptions):
+    fails: bool = Field(False, description="whether it ends in an error")
+
+class Picky(EfficiencyMethod):
+    "Looks at what the network predicts."
+    name = "picky"
+    Options = PickyOptions
+
+    def apply(self, network, clock, artifact):
+        return Looking(network, self.options.fails)
+
+@hookimpl
+def iec_eval_efficiency_methods():
+    return [Picky]
+"""
+
+
 @dataclass(frozen=True)
 class Toy:
     """A model folder with 8x8 grey images of 4 classes, and everything to score it with."""
@@ -157,6 +190,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Installs the callback ``witness``, for this process and for real ones."""
     with installed_plugin(tmp_path_factory.mktemp("site"), "witness", WITNESS):
+        yield
+
+
+@pytest.fixture(scope="session")
+def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Installs the method ``picky``, which a network without data cannot be run with."""
+    with installed_plugin(tmp_path_factory.mktemp("site"), "picky", PICKY):
         yield
 
 

@@ -428,7 +428,7 @@ def test_rows_of_the_study_itself_are_measured_choices(
 def test_the_folders_of_an_analysis_are_known(
     write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Those of rows and twins; of one that its batch decides, whatever the batch was."""
+    """How they end, of rows and twins; of one that its batch decides, how they begin."""
     mixed = {**IEC_ROW, "extends": None, "name": "mixed"}
     mixed["callbacks"] = [{"name": "iec", "preset": "official_ddim"}]
     study = load(str(write_study(tmp_path, variants=[QUANTIZED, mixed])))
@@ -437,9 +437,38 @@ def test_the_folders_of_an_analysis_are_known(
     jobs: Any = [SimpleNamespace(plan=plan) for plan in plans]
     found = analyzed_folders(jobs, run, load_registry())
     twin = full_precision_twin(plans[0], load_registry())
-    wanted = {run.variant(plan.experiment.name, plan.fingerprint).path.name for plan in plans}
-    wanted |= {run.variant("full precision", twin.fingerprint).path.name, "mixed"}
-    assert found == wanted
+    assert found == {one.fingerprint[:8] for one in (*plans, twin)} | {"mixed"}
+
+
+def test_a_row_that_cannot_be_counted_or_measured_leaves_the_others(
+    write_study: Callable[..., Path], cli: Cli, picky: None, tmp_path: Path
+) -> None:
+    rows = [
+        {"name": "fails", "efficiency": [{"name": "picky", "fails": True}]},
+        {"name": "looks", "efficiency": [{"name": "picky"}]},
+        {"name": "looks + IEC", "extends": "looks", "callbacks": [{"name": "iec"}]},
+        {"name": "plain"},
+        {"name": "again"},
+    ]
+    study, out = write_study(tmp_path, variants=rows), tmp_path / "out"
+    done = cli("analyze", study, "-o", out, *SMALL)
+    assert done.exit_code == 1
+    assert "again is the same experiment as plain, and is analyzed as that" in done.stderr
+    assert "looks: MACs not counted, RuntimeError: Tensor.item() cannot" in done.stderr
+    analysis = out / "analysis"
+    failed = folder_of(analysis, "fails")
+    assert f"FAILED, spectral norms: ValueError: too much light; see {failed}" in done.stdout
+    assert "too much light" in (failed / "error.txt").read_text()
+    assert not (failed / "spectral.json").exists()
+    for row in ("looks", "looks-iec", "plain"):
+        assert content(analysis, row, "spectral")["steps"]
+        assert content(analysis, row, "residuals")["steps"]
+    assert (folder_of(analysis, "plain") / "recommendation.json").exists()
+    assert not (folder_of(analysis, "looks") / "recommendation.json").exists()
+    choices = content(analysis, "looks-iec", "ablation")["choices"]
+    assert {choice["predicted_overhead"] for choice in choices} == {None}
+    assert "not counted" in done.stdout
+    assert not list(analysis.glob("full-precision-*"))  # that is the row called plain
 
 
 def test_what_was_scored_is_told_in_the_metric_of_quality() -> None:

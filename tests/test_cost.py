@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import installed_plugin
 from diffusers import UNet2DModel
 from helpers import build, ddim, packaged
 from torch import Tensor
@@ -169,39 +168,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-PICKY = """
-from torch import nn
-from iec_eval.api import EfficiencyMethod, hookimpl
-
-class Looking(nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, sample, timestep, **inputs):
-        found = self.network(sample, timestep, **inputs)
-        return found if found.sample.abs().max().item() > 0 else None
-
-class Picky(EfficiencyMethod):
-    "Looks at what the network predicts."
-    name = "picky"
-
-    def apply(self, network, clock, artifact):
-        return Looking(network)
-
-@hookimpl
-def iec_eval_efficiency_methods():
-    return [Picky]
-"""
-
-
-@pytest.fixture(scope="module")
-def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Installs a method that looks at values, which a network without data has none of."""
-    with installed_plugin(tmp_path_factory.mktemp("site"), "picky", PICKY):
-        yield
 
 
 def test_a_method_that_cannot_be_counted_has_no_macs_and_takes_nobody_elses(

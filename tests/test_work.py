@@ -171,6 +171,33 @@ def test_a_row_that_was_given_up_is_passed_over_though_nothing_is_on_record(
     assert sum(name.startswith("b.") for name in done) == 3
 
 
+def test_others_that_go_on_with_a_row_that_was_given_up_are_waited_for(
+    rows: list[Any], claims: Claims
+) -> None:
+    """This process's device has no memory left for it; theirs has."""
+    beside = replace(claims.owner, pid=claims.owner.pid + 1, started="")
+    colleague = Claims(claims.folder, 8, beside)
+    assert colleague.take("a.images.000000-000003")
+    queue = Queue(rows[:1], 4, Share(), claims)
+    queue.give_up(rows[0])
+    ended = threading.Event()
+    waiting = threading.Thread(target=lambda: (finish(queue), ended.set()))
+    waiting.start()
+    assert not ended.wait(2.5)
+    colleague.release("a.images.000000-000003")
+    assert ended.wait(10)
+    waiting.join()
+
+
+def test_strangers_that_go_on_with_a_row_that_was_given_up_are_not_waited_for(
+    rows: list[Any], claims: Claims, other: Claims
+) -> None:
+    assert other.take("a.images.000000-000003")
+    queue = Queue(rows[:1], 4, Share(), claims)
+    queue.give_up(rows[0])
+    assert finish(queue, 3) == []
+
+
 def test_what_is_damaged_again_and_again_ends_with_a_message(
     rows: list[Any], claims: Claims
 ) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from iec_eval.analysis.bench import Subject, correctors, uncorrected
 from iec_eval.callbacks.iec import Ends, corrected_steps
-from iec_eval.cost import EvaluationCost, expected_evaluations
+from iec_eval.cost import EvaluationCost, Uncounted, expected_evaluations
 from iec_eval.planning import Plan, fingerprint_in_results, plan_like, plans_of_seeds
 from iec_eval.plugins import Registry
 from iec_eval.report.wording import quality_metric
@@ -111,11 +111,12 @@ def write_study(path: Path, study: dict[str, Any]) -> None:
 
 
 def overheads(
-    subject: Subject, chosen: Sequence[Choice], cost: EvaluationCost, results: Path
+    subject: Subject, chosen: Sequence[Choice], cost: EvaluationCost | Uncounted, results: Path
 ) -> dict[str, Any]:
     """Predicted overhead of each choice over the uncorrected row, and what was measured of it.
 
-    ``results`` may hold other rows as well, or not be there.
+    ``results`` may hold other rows as well, or not be there. Without a count of the row's work
+    nothing is predicted.
     """
     measured = read_results(results) if results.is_file() else None
     done = [row for row in (measured.variants if measured else []) if row.status == "done"]
@@ -132,7 +133,7 @@ def overheads(
                 "where": choice.where,
                 "evaluations_full": counts.full,
                 "evaluations_cached": counts.cached,
-                "predicted_overhead": macs / plain - 1,
+                "predicted_overhead": _excess(macs, plain),
                 "measured": _measured(_result(choice, done), none),
             }
         )
@@ -171,7 +172,7 @@ def _result(choice: Choice, done: Sequence[Variant]) -> Variant | None:
     return found.get(wanted)
 
 
-def _macs(plan: Plan, subject: Subject, cost: EvaluationCost) -> float:
+def _macs(plan: Plan, subject: Subject, cost: EvaluationCost | Uncounted) -> float | None:
     counts = expected_evaluations(plan, subject.full_steps)
     return cost.macs(counts.full, counts.cached)
 

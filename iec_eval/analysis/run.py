@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,18 @@ from iec_eval.analysis.bench import Bench, Subject, correctors, full_precision_t
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
 from iec_eval.assembly import missing_for_schedule
-from iec_eval.cost import evaluation_cost, expected_evaluations
-from iec_eval.errors import ConfigError, UnknownName
+from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs, expected_evaluations
+from iec_eval.errors import ConfigError, CorruptFile, StorageError, UnknownName
 from iec_eval.jobs import Job
 from iec_eval.noise import Noise
 from iec_eval.planning import Plan
 from iec_eval.plugins import Registry
 from iec_eval.progress import Progress
 from iec_eval.runs import RunFolder
+from iec_eval.storage import write_text
 from iec_eval.study import Study
 
+ERROR_FILE = "error.txt"  # where a row's measurements failed last
 PASSES = 1.5  # evaluations that a product takes the time of, about
 LINEARIZATION = 4.0  # the same of a linearisation
 
@@ -45,6 +49,7 @@ class Analysis:
     Attributes:
         subjects: the rows, then full-precision twins that are not among them, for the norms.
         affine: A and B of each subject's steps, by its fingerprint; only where norms are wanted.
+        failures: why subjects could not be measured, by their fingerprint.
         tell: takes what is to be said before the work begins.
     """
 
@@ -56,6 +61,7 @@ class Analysis:
     subjects: list[Subject]
     tell: Callable[[str], None]
     progress: Progress = field(default_factory=lambda: Progress("steps"))
+    failures: dict[str, str] = field(default_factory=dict)
     affine: dict[str, list[AffineStep]] = field(default_factory=dict)
 
     @property
@@ -97,13 +103,16 @@ def analyze(
     registry: Registry,
     question: Question,
     tell: Callable[[str], None],
-) -> str:
+) -> tuple[str, bool]:
     """Do what of an analysis is missing, write its files, and say what it found.
+
+    Returns that as text, and whether every row could be measured: one that cannot leaves its error
+    in its folder and the others alone.
 
     Raises UnknownName for a row that is none, Incompatible for a sampler without A and B,
     ConfigError for a question that cannot be answered: all before anything expensive.
     """
-    rows = _rows(jobs, run, question)
+    rows = _rows(jobs, run, question, tell)
     asked = Analysis(study, run, registry, question, rows, _with_twins(rows, registry, run), tell)
     _check(asked)
     bench = Bench(run, ranks.first_device(study.execution), asked.progress)
@@ -113,22 +122,45 @@ def analyze(
         tell(_price(asked, work, bench))
     try:
         for number, one in enumerate(work, start=1):
-            bench.assembly(one.plan)  # calibration has a progress of its own
-            asked.progress.start(one.units)  # steps of norms and of trajectories are not alike
-            asked.progress.describe(f"{number} of {len(work)}, {one.subject.name}: {one.label}")
-            one.make(bench)
+            with _failing_alone(asked, one.subject, one.label):
+                bench.assembly(one.plan)  # calibration has a progress of its own
+                asked.progress.start(one.units)  # steps of norms and of trajectories are not alike
+                asked.progress.describe(f"{number} of {len(work)}, {one.subject.name}: {one.label}")
+                one.make(bench)
     finally:
         asked.progress.close()
-    return "\n\n".join(_results(asked, bench))
+    return "\n\n".join(_results(asked, bench)), not asked.failures
 
 
-def _rows(jobs: Sequence[Job], run: RunFolder, question: Question) -> list[Subject]:
+@contextmanager
+def _failing_alone(asked: Analysis, subject: Subject, label: str) -> Iterator[None]:
+    """Within the block one subject's failure is noted: the others' measurements go on."""
+    try:
+        yield
+    except (StorageError, CorruptFile):  # all share disk and weights
+        raise
+    except Exception as error:
+        reason = f"{label}: {type(error).__name__}: {' '.join(str(error).split())}"
+        asked.failures.setdefault(subject.plan.fingerprint, reason)
+        write_text(subject.folder / ERROR_FILE, traceback.format_exc())
+
+
+def _rows(
+    jobs: Sequence[Job], run: RunFolder, question: Question, tell: Callable[[str], None]
+) -> list[Subject]:
+    """The rows asked for; of those that are one experiment, the first."""
     names = [job.plan.experiment.name for job in jobs]
     for name in question.rows:
         if name not in names:
             raise UnknownName("row", name, names)
-    chosen = [job for job in jobs if not question.rows or job.plan.experiment.name in question.rows]
-    return [_subject(job.plan.experiment.name, job.plan, run) for job in chosen]
+    found = dict[str, Subject]()
+    for job, name in zip(jobs, names, strict=True):
+        if not question.rows or name in question.rows:
+            subject = _subject(name, job.plan, run)
+            first = found.setdefault(job.plan.fingerprint, subject)
+            if first is not subject:
+                tell(f"{name} is the same experiment as {first.name}, and is analyzed as that")
+    return list(found.values())
 
 
 def _subject(name: str, plan: Plan, run: RunFolder) -> Subject:
@@ -146,15 +178,16 @@ def _with_twins(rows: Sequence[Subject], registry: Registry, run: RunFolder) -> 
 
 
 def analyzed_folders(jobs: Sequence[Job], run: RunFolder, registry: Registry) -> set[str]:
-    """Names of the folders that an analysis of these rows writes to, twins included.
+    """How the names of folders that an analysis of these rows writes to end, twins included.
 
-    Of a row whose images depend on their batch the name without its fingerprint: an analysis may
-    have had batches of another size.
+    They end in the fingerprint: an analysis of other rows may call a twin otherwise. Of a row whose
+    images depend on their batch it is how the name begins: an analysis may have had batches of
+    another size.
     """
     rows = [_subject(job.plan.experiment.name, job.plan, run) for job in jobs]
-    subjects = _with_twins(rows, registry, run)
+    folders = [one.folder.name.rpartition("-") for one in _with_twins(rows, registry, run)]
     mixed = {row.folder.name.rpartition("-")[0] for row in rows if row.plan.depends_on_batch}
-    return {one.folder.name for one in subjects} | mixed
+    return {ending for _, _, ending in folders} | mixed
 
 
 def _with_schedules(asked: Analysis, bench: Bench) -> Analysis:
@@ -170,10 +203,11 @@ def _with_schedules(asked: Analysis, bench: Bench) -> Analysis:
                 f"{row.name}: calibrating {', '.join(parts)} first, which decides the steps that "
                 "are corrected"
             )
-    rows = [
-        replace(row, full_steps=bench.full_steps(row.plan)) if row in wanted else row
-        for row in asked.rows
-    ]
+    rows = list(asked.rows)
+    for place, row in enumerate(asked.rows):
+        if row in wanted:
+            with _failing_alone(asked, row, "steps that are corrected"):
+                rows[place] = replace(row, full_steps=bench.full_steps(row.plan))
     known = {row.plan.fingerprint: row for row in rows}
     subjects = [known.get(one.plan.fingerprint, one) for one in asked.subjects]
     return replace(asked, rows=rows, subjects=subjects)
@@ -183,6 +217,13 @@ def _check(asked: Analysis) -> None:
     if asked.wants("spectral"):
         for subject in asked.subjects:
             asked.affine[subject.plan.fingerprint] = affine_steps(subject.plan)
+    for row in asked.rows:
+        cost = _cost(row)
+        if isinstance(cost, Uncounted) and (asked.wants("residuals") or asked.wants("ablation")):
+            asked.tell(
+                f"{row.name}: MACs not counted, {cost.reason}; so no recommendation within a "
+                "budget, and no predicted overhead"
+            )
     corrected = [row for row in asked.rows if correctors(row.plan)]
     if list(asked.question.parts) == ["ablation"] and not corrected:
         raise ConfigError(
@@ -300,7 +341,7 @@ def _price(asked: Analysis, work: Sequence[Work], bench: Bench) -> str:
 
 
 def _seconds_per_evaluation(asked: Analysis, bench: Bench) -> float:
-    row, images = asked.rows[0], asked.question.images
+    row, images = asked.rows[0], min(asked.question.images, asked.study.execution.batch_size)
     plan = full_precision_twin(row.plan, asked.registry)
     denoiser = bench.denoiser(plan, images)
     noise = Noise(0, range(images), plan.model.shape, bench.device).initial()
@@ -317,16 +358,24 @@ def _results(asked: Analysis, bench: Bench) -> list[str]:
     """Every file, and a paragraph for each row."""
     told = list[str]()
     for subject in asked.subjects:
-        found = dict[str, Any]()
-        if asked.wants("spectral"):
-            found["spectral"] = _spectral_result(asked, subject)
-        if subject in asked.rows:
-            found |= _row_results(asked, subject, bench)
-        if found:
-            told.append(writing.write_row(subject, found))
+        if subject.plan.fingerprint not in asked.failures:
+            with _failing_alone(asked, subject, "results"):
+                told += _subject_results(asked, subject, bench)
+                (subject.folder / ERROR_FILE).unlink(missing_ok=True)
+        if reason := asked.failures.get(subject.plan.fingerprint):
+            told.append(f"{subject.name}\n  FAILED, {reason}; see {subject.folder / ERROR_FILE}")
     if asked.wants("ablation"):
         told += _write_ablation(asked)
     return [*told, f"Written to {asked.folder}"]
+
+
+def _subject_results(asked: Analysis, subject: Subject, bench: Bench) -> list[str]:
+    found = dict[str, Any]()
+    if asked.wants("spectral"):
+        found["spectral"] = _spectral_result(asked, subject)
+    if subject in asked.rows:
+        found |= _row_results(asked, subject, bench)
+    return [writing.write_row(subject, found)] if found else []
 
 
 def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
@@ -337,14 +386,19 @@ def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
     if asked.wants("residuals"):
         steps = asked.question.residual_steps(row.total)
         pieces = _finished(residuals.pieces_of(row, asked.question), steps)
-        cost = evaluation_cost(row.plan)
-        plain = recommendation.uncorrected_macs(row, cost, asked.registry)
         found["residuals"] = residuals.summary(row, pieces, asked.question)
-        advice = recommendation.recommend(row, pieces, cost, asked.question.budget, plain)
-        found["recommendation"] = {**advice, "scored": ablation.judgements(scored)}
+        cost = _cost(row)
+        if isinstance(cost, EvaluationCost):
+            plain = recommendation.uncorrected_macs(row, cost, asked.registry)
+            advice = recommendation.recommend(row, pieces, cost, asked.question.budget, plain)
+            found["recommendation"] = {**advice, "scored": ablation.judgements(scored)}
     if scored is not None:
         found["ablation"] = scored
     return found
+
+
+def _cost(row: Subject) -> EvaluationCost | Uncounted:
+    return evaluation_costs([row.plan])[0]
 
 
 def _scored(asked: Analysis, row: Subject) -> dict[str, Any] | None:
@@ -352,7 +406,7 @@ def _scored(asked: Analysis, row: Subject) -> dict[str, Any] | None:
     if not asked.wants("ablation") or not correctors(row.plan):
         return None
     chosen = ablation.choices(row, asked.registry)
-    return ablation.overheads(row, chosen, evaluation_cost(row.plan), _ablation_results(asked))
+    return ablation.overheads(row, chosen, _cost(row), _ablation_results(asked))
 
 
 def _ablation_results(asked: Analysis) -> Path:
@@ -388,7 +442,7 @@ def _write_ablation(asked: Analysis) -> list[str]:
     kept = [choice for _, choice in distinct.values()]
     path = asked.folder / "ablation.yaml"
     ablation.write_study(path, ablation.study_of(asked.study, kept))
-    count = asked.study.images.count
+    count = asked.study.images.count * len(asked.study.images.each())
     each = [_trajectory(choice.plan, row.full_steps) for row, choice in distinct.values()]
     evaluations = sum(each) * count
     return [

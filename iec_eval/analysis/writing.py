@@ -216,11 +216,14 @@ def _ablation_text(found: Found) -> list[str]:
 
 
 def _choice_text(choice: Found) -> str:
-    text = f"{choice['label']} {100 * choice['predicted_overhead']:.1f} %"
-    told = choice["measured"]
-    if told is None or told["overhead"] is None:
+    text, told = f"{choice['label']} {_percent(choice['predicted_overhead'])}", choice["measured"]
+    if told is None:
         return text
-    return f"{text}, measured {100 * told['overhead']:.1f} %: {_scores_text(told)}"
+    return f"{text}, measured {_percent(told['overhead'])}: {_scores_text(told)}"
+
+
+def _percent(share: float | None) -> str:
+    return "not counted" if share is None else f"{100 * share:.1f} %"
 
 
 def _scores_text(measured: Found) -> str:

@@ -189,7 +189,9 @@ def analyze(
     lambdas = bounds.pop("lambdas")
     if lambdas is not None:
         bounds["lambdas"] = lambdas_listed(lambdas)
-    click.echo(workflow.analyze(study, overrides, out, Question(parts_named(what), **bounds)))
+    found, whole = workflow.analyze(study, overrides, out, Question(parts_named(what), **bounds))
+    click.echo(found)
+    sys.exit(0 if whole else 1)
 
 
 def _finish(outcome: Any) -> None:

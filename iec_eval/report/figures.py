@@ -11,7 +11,7 @@ from pathlib import Path
 RUN = "study.yaml"  # what a folder of a run holds
 LARGEST = 400_000  # bytes of one picture
 ALL = 1_200_000  # bytes of all pictures
-_ROW = re.compile(r"(.*)-[0-9a-f]{8}")  # the folder of an analyzed row, and its name alone
+_ROW = re.compile(r"(.*)-([0-9a-f]{8})")  # the folder of an analyzed row: name and fingerprint
 _KINDS = {".svg": "svg+xml", ".png": "png"}
 
 
@@ -29,8 +29,8 @@ def figures(folder: Path, current: Collection[str] | None = None) -> list[Figure
     """The SVG and PNG files in a folder and its subfolders, sorted by path; the page stays small.
 
     Subfolders that are runs of their own, an ablation's say, are left out, and so are those of
-    analyzed rows that are not ``current``, which has the names of their folders, or of a row whose
-    fingerprint may be any the name without it. A file over :data:`LARGEST` bytes, or beyond
+    analyzed rows that are not ``current``, which has how the names of their folders end, in a
+    fingerprint, or begin where that may be any. A file over :data:`LARGEST` bytes, or beyond
     :data:`ALL` together, is named but not embedded. As an image element's source an SVG can
     neither run nor load anything.
     """
@@ -44,7 +44,7 @@ def _belongs(folder: Path, current: Collection[str] | None) -> bool:
     row = _ROW.fullmatch(folder.name)
     if current is None or not analyzed or row is None:
         return True
-    return folder.name in current or row[1] in current
+    return any(part in current for part in row.groups())
 
 
 def _figures(folder: Path, current: Collection[str] | None) -> Iterator[Figure]:
