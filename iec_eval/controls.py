@@ -20,6 +20,7 @@ from iec_eval.planning import Plan, Planner, planner
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
     Corrected,
+    Counted,
     control,
     equal_cost,
     expected_macs,
@@ -129,13 +130,14 @@ class _Table:
             return
         # rivals made of the base are called after it, or after the row if the base is new
         name = known.name if known else row.name
-        corrected = self._corrected(row, base.model_copy(update={"name": name}))
+        corrected = self._corrected(row, base.model_copy(update={"name": name}), wanted)
         if corrected is None:
             if "equal-cost" in wanted:
                 self._judge(row, "base", base)  # which costs as much, as far as is known
             return
+        counted = corrected if isinstance(corrected, Counted) else None
         rivals = [
-            *(equal_cost(corrected) if "equal-cost" in wanted else []),
+            *(equal_cost(counted) if "equal-cost" in wanted and counted else []),
             *(zero_cost(corrected) if "zero-cost" in wanted else []),
             *(halves(corrected) if "halves" in wanted else []),
         ]
@@ -154,21 +156,25 @@ class _Table:
         if not based and all(rival is not own for own in self.own):
             base.judge_of.setdefault(rival.name, "base")
 
-    def _corrected(self, row: _Row, base: Experiment) -> Corrected | None:
-        """The row, if its callbacks take extra evaluations; else None.
+    def _corrected(
+        self, row: _Row, base: Experiment, wanted: Sequence[Control]
+    ) -> Corrected | None:
+        """The row, if its callbacks take extra evaluations or nobody can tell; else None.
 
         They are counted on a plan of its own: a callback may keep what it is shown.
         """
+        corrected = None
         try:
             plan, plain = self.planner.plan(row.plan.experiment), self.planner.plan(base)
+            corrected = Corrected(self.planner, plan, plain)
             cost = evaluation_cost(plain)
-            target = expected_macs(plan, cost)
-        except Exception as error:  # a callback that cannot be counted can still be run
-            reason = f"what the row costs cannot be counted: {error}"
-            row.lack("equal-cost", "equal-cost rivals", reason)
-            return None
-        corrected = Corrected(self.planner, plan, plain, cost, target)
-        return corrected if target > corrected.macs(plain) else None
+            counted = Counted(self.planner, plan, plain, cost, expected_macs(plan, cost))
+            return counted if counted.target > counted.macs(plain) else None
+        except Exception as error:  # a part that cannot be counted can still be run
+            if "equal-cost" in wanted:
+                reason = f"what the row costs cannot be counted: {error}"
+                row.lack("equal-cost", "equal-cost rivals", reason)
+            return corrected
 
     def _add_stacking(self, owner: _Row, row: _Row) -> None:
         parts = None if row.plan.callbacks else stacked(row.plan)

@@ -91,10 +91,11 @@ def _cost_if_counted(plan: Plan) -> EvaluationCost | Uncounted:
     except IecEvalError:  # a row that cannot be at all
         raise
     except Exception as error:  # a part that cannot be counted can still be run
-        return Uncounted(_one_line(error))
+        return Uncounted(one_line(error))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Kind and message of an error."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -11,9 +11,17 @@ from pydantic import BaseModel
 
 from iec_eval import status
 from iec_eval.assembly import artifact_keys, missing_artifacts
-from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs, expected_evaluations
-from iec_eval.errors import ConfigError, CorruptFile
+from iec_eval.clock import Evaluations
+from iec_eval.cost import (
+    EvaluationCost,
+    Uncounted,
+    evaluation_costs,
+    expected_evaluations,
+    one_line,
+)
+from iec_eval.errors import ConfigError, CorruptFile, IecEvalError
 from iec_eval.jobs import Job, by_row
+from iec_eval.planning import Plan
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
@@ -172,8 +180,11 @@ def _row(
     tflops: float,
 ) -> dict[str, Any]:
     job, size = jobs[0], study.execution.chunk_size
-    expected = expected_evaluations(job.plan)
-    macs = cost.macs(expected.full, expected.cached)
+    expected, complaint = _expected(job.plan)
+    macs = bits = None
+    if expected is not None:
+        macs = cost.macs(expected.full, expected.cached)
+        bits = cost.bit_operations(expected.full, expected.cached)
     channels, height, width = job.plan.model.image_shape
     count = study.images.count * len(jobs)
     return {
@@ -187,28 +198,41 @@ def _row(
         "simulated": job.plan.simulated,
         "callbacks": [callback.name for callback in job.plan.callbacks],
         "steps": len(job.plan.sampler.timesteps),
-        "evaluations_full": expected.full,
-        "evaluations_cached": expected.cached,
+        "evaluations_full": expected.full if expected else None,
+        "evaluations_cached": expected.cached if expected else None,
         "macs_per_image": macs,
-        "bit_operations_per_image": cost.bit_operations(expected.full, expected.cached),
+        "bit_operations_per_image": bits,
         "weight_bytes": cost.weight_bytes,
         "images": count,
         "seeds": study.images.seeds,
         "missing": sum(len(part) for one in jobs for part in one.missing(size)),
         "disk_bytes": count * channels * height * width,
         "hours": None if macs is None else 2 * macs * count / (tflops * 1e12) / 3600,
-        "not_counted": cost.reason if isinstance(cost, Uncounted) else None,
+        "not_counted": cost.reason if isinstance(cost, Uncounted) else complaint,
     }
+
+
+def _expected(plan: Plan) -> tuple[Evaluations | None, str | None]:
+    """A row's evaluations, or why they cannot be counted, though it may well run."""
+    try:
+        return expected_evaluations(plan), None
+    except IecEvalError:  # a row that cannot be at all
+        raise
+    except Exception as error:
+        return None, one_line(error)
 
 
 def _row_as_text(row: dict[str, Any]) -> str:
     waiting = [artifact["part"] for artifact in row["artifacts"] if artifact["state"] == "missing"]
     calibration = f"; to calibrate: {', '.join(waiting)}" if waiting else ""
     lacks = "".join(f"\n    lacks {Lack(**lack)}" for lack in row["lacks"])
+    evaluations = "evaluations not known"
+    if row["evaluations_full"] is not None:
+        cached = row["evaluations_cached"]
+        evaluations = f"{row['evaluations_full']} full + {cached} cached evaluations"
     uncounted = f"\n    MACs not counted, {row['not_counted']}" if row["not_counted"] else ""
     return (
-        f"{row['name']}: {row['steps']} steps, {row['evaluations_full']} full + "
-        f"{row['evaluations_cached']} cached evaluations, "
+        f"{row['name']}: {row['steps']} steps, {evaluations}, "
         f"{quantity(row['macs_per_image'], 'MAC')} an image; {row['missing']} of {row['images']} "
         f"images{_seeds(row['seeds'])} missing, {quantity(row['disk_bytes'], 'B')} on disk, "
         f"{_hours(row['hours'])}{calibration}{_judge_of_as_text(row['judge_of'])}{lacks}"

@@ -32,15 +32,12 @@ HALVES: Mapping[str, Part] = {
 class Corrected:
     """A row whose callbacks take extra evaluations, and the same without callbacks.
 
-    ``base`` has the name that rivals made of it are called after. ``cost`` is that of an
-    evaluation, ``target`` the row's expected multiply-accumulates an image.
+    ``base`` has the name that rivals made of it are called after.
     """
 
     planner: Planner
     plan: Plan
     base: Plan
-    cost: EvaluationCost
-    target: float
 
     @property
     def name(self) -> str:
@@ -55,14 +52,6 @@ class Corrected:
     def cached(self) -> bool:
         """Whether some steps do not run the whole network."""
         return len(self.base.planned_full_steps()) < len(self.base.sampler.timesteps)
-
-    def macs(self, plan: Plan) -> float:
-        """Multiply-accumulates of another row with the base's network."""
-        return expected_macs(plan, self.cost)
-
-    def near(self, macs: float) -> bool:
-        """Whether a cost is the row's within the tolerance, or just above."""
-        return (1 - TOLERANCE) * self.target <= macs <= (1 + JUST_ABOVE) * self.target
 
     def without(self, label: str, **changes: Any) -> Experiment:
         """A control made of the base, with some of its settings changed."""
@@ -79,6 +68,25 @@ class Corrected:
 
 
 @dataclass(frozen=True)
+class Counted(Corrected):
+    """One whose work is known: ``cost`` of an evaluation, and ``target``, the row's MACs an image.
+
+    MACs, multiply-accumulates, are expected ones.
+    """
+
+    cost: EvaluationCost
+    target: float
+
+    def macs(self, plan: Plan) -> float:
+        """MACs of another row with the base's network."""
+        return expected_macs(plan, self.cost)
+
+    def near(self, macs: float) -> bool:
+        """Whether a cost is the row's within the tolerance, or just above."""
+        return (1 - TOLERANCE) * self.target <= macs <= (1 + JUST_ABOVE) * self.target
+
+
+@dataclass(frozen=True)
 class Rival:
     """A control that may be had: ``make`` raises Incompatible or ConfigError if it cannot."""
 
@@ -87,7 +95,7 @@ class Rival:
     make: Callable[[], Experiment]
 
 
-def equal_cost(row: Corrected) -> list[Rival]:
+def equal_cost(row: Counted) -> list[Rival]:
     """What else the row's extra work could buy: steps, a fresher cache, Heun's evaluation."""
     if row.target <= (1 + TOLERANCE) * row.macs(row.base):
         return []  # the base itself is of equal cost
@@ -97,7 +105,7 @@ def equal_cost(row: Corrected) -> list[Rival]:
     return [*rivals, Rival("Heun", "equal-cost", lambda: _heun(row))]
 
 
-def more_steps(row: Corrected) -> Experiment:
+def more_steps(row: Counted) -> Experiment:
     """The base with the number of sampler steps whose cost is nearest to the row's.
 
     Not the fewest that are near enough: such rivals would all be 2 % short. A sampler or method
@@ -134,24 +142,24 @@ def more_steps(row: Corrected) -> Experiment:
     )
 
 
-def _most_steps(row: Corrected, steps: int) -> int:
+def _most_steps(row: Counted, steps: int) -> int:
     """More are not looked at: they cost about twice what is wanted."""
     return 2 * math.ceil(steps * row.target / row.macs(row.base))
 
 
-def _spends_as_much(row: Corrected, experiment: Experiment) -> bool:
+def _spends_as_much(row: Counted, experiment: Experiment) -> bool:
     """Whether other steps cost as much as the row; the base's own do not, however near."""
     changed = experiment is not row.base.experiment
     return changed and row.near(_macs_of_steps(row, experiment))
 
 
-def _macs_of_steps(row: Corrected, experiment: Experiment) -> float:
+def _macs_of_steps(row: Counted, experiment: Experiment) -> float:
     """With the base's methods: they are the same, and building them again takes time."""
     sampler = row.planner.sampler(experiment.sampler, f"{experiment.name}: sampler")
     return row.macs(replace(row.base, sampler=sampler))
 
 
-def smaller_interval(row: Corrected) -> Experiment:
+def smaller_interval(row: Counted) -> Experiment:
     """The base with the largest smaller interval of its cache that costs as much as the row.
 
     That is at least 98 % and at most 110 %. Raises Incompatible if there is none.
@@ -171,7 +179,7 @@ def smaller_interval(row: Corrected) -> Experiment:
     raise Incompatible(f"no interval below {now} costs as much")
 
 
-def _heun(row: Corrected) -> Experiment:
+def _heun(row: Counted) -> Experiment:
     """Heun's steps where the row corrects; the last step of all has no second evaluation.
 
     Raises Incompatible if that leaves more than this one evaluation unspent, or where it is not

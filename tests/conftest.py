@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -79,7 +80,8 @@ class Looking(nn.Module):
 
     def forward(self, sample, timestep, **inputs):
         found = self.network(sample, timestep, **inputs)
-        if found.sample.abs().max().item() > 0 and self.fails:
+        shown = getattr(found, "sample", found)
+        if shown.abs().max().item() > 0 and self.fails:
             raise ValueError("too much light")
         return found
 
@@ -208,10 +210,26 @@ def installed_plugin(place: Path, name: str, source: str) -> Iterator[None]:
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[iec_eval]\n{name} = {name}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(place)
-        patch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
+    # only this entry is taken away again: others may have come in between, and stay longer
+    sys.path.insert(0, str(place))
+    importlib.invalidate_caches()
+    _set_python_path([str(place), *_python_path()])
+    try:
         yield
+    finally:
+        sys.path.remove(str(place))
+        _set_python_path([one for one in _python_path() if one != str(place)])
+
+
+def _python_path() -> list[str]:
+    return [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+
+
+def _set_python_path(places: list[str]) -> None:
+    if places:
+        os.environ["PYTHONPATH"] = os.pathsep.join(places)
+    else:
+        os.environ.pop("PYTHONPATH", None)
 
 
 @pytest.fixture(scope="session")

@@ -297,6 +297,22 @@ def test_a_row_that_cannot_be_counted_is_no_error(plans: Plans) -> None:
     assert lacking.endswith("cannot be counted: not before it is told what to do")
 
 
+def test_a_row_that_cannot_be_counted_has_the_rivals_that_need_no_count(
+    plans: Plans, picky: None
+) -> None:
+    rows = [
+        {"name": "picky", "efficiency": [CACHE, {"name": "picky"}]},
+        {"name": "picky + IEC", "extends": "picky", "callbacks": [IEC]},
+    ]
+    found = plans(rows, controls=["zero-cost", "halves"])
+    assert {"picky: epsilon scaling", "picky + IEC: refresh only"} <= found.keys()
+    assert lacks(found, "picky + IEC") == []
+    found = plans(rows, controls=["equal-cost", "zero-cost"])
+    assert {"picky: epsilon scaling", "picky: time shift"} <= found.keys()
+    (lacking,) = lacks(found, "picky + IEC")
+    assert "what the row costs cannot be counted: Tensor.item() cannot" in lacking
+
+
 def test_a_control_that_nobody_has_listed_and_the_sampler_refuses_is_no_error(plans: Plans) -> None:
     """IEC on a sampler that clips, where only the study's own row allows that."""
     clipping = {"name": "ddim", "steps": STEPS, "clip_sample": True}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from conftest import installed_plugin
 from diffusers import UNet2DModel
 from helpers import build, ddim, packaged
 from torch import Tensor
@@ -204,3 +205,28 @@ def test_a_method_that_cannot_be_counted_has_no_macs_and_takes_nobody_elses(
     assert "picky: its MACs cannot be counted; wanted --seconds-per-image" in scaled.stderr
     given = ("--seconds-per-image", "picky=2", "--seconds-per-image", "picky + IEC=4")
     assert cli("show", study, "--scale", "1", *given).exit_code == 0
+
+
+def test_a_callback_that_cannot_be_counted_is_shown(
+    cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = """
+from iec_eval.api import DenoisingCallback, hookimpl
+
+class Late(DenoisingCallback):
+    name = "late"
+
+    def refine(self, step, prediction):
+        raise ValueError("not before it is told what to do")
+
+@hookimpl
+def iec_eval_callbacks():
+    return [Late]
+"""
+    (tmp_path / "site").mkdir()
+    with installed_plugin(tmp_path / "site", "late", source):
+        study = write_study(tmp_path, variants=[{"name": "late", "callbacks": [{"name": "late"}]}])
+        shown = cli("show", study)
+    assert shown.exit_code == 0, shown.output
+    assert "late: 5 steps, evaluations not known, - an image" in shown.stdout
+    assert "MACs not counted, ValueError: not before it is told what to do" in shown.stdout
