@@ -111,7 +111,14 @@ def score(
         return _unscored(row, "failed", failure)
     lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
-        found = evaluate(job, metrics, progress, None if lacking else base)
+        try:
+            found = evaluate(job, metrics, progress, None if lacking else base)
+        except CorruptChunk:
+            if base is None or base is job or lacking or not (lacking := _lacking(base, metrics)):
+                raise
+            for metric in metrics:  # it was an image of the base that turned out to be damaged
+                metric.reset()
+            found = evaluate(job, metrics, progress)
         estimates = {name: one for _, numbers in found for name, one in numbers.items()}
         measured = {name: _measured(one) for name, one in estimates.items()}
         expense = _cost(spent(job), cost)

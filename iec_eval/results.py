@@ -24,7 +24,7 @@ from pydantic import (
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.intervals import Interval
 from iec_eval.storage import atomic_path
-from iec_eval.study import Lack, Relation, full_precision
+from iec_eval.study import ROLES, Lack, Relation, full_precision
 
 SCHEMA = 1
 
@@ -126,6 +126,14 @@ class Variant(_Part):
     lacks: list[Lack] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
 
+    @field_validator("lacks", mode="before")
+    @classmethod
+    def _sentences_are_read(cls, lacks: object) -> object:
+        """Files from before it was a record have ``what: reason``; what begins with its kind."""
+        if not isinstance(lacks, list):
+            return lacks
+        return [_lack_of(one) if isinstance(one, str) else one for one in lacks]
+
     @model_validator(mode="after")
     def _failure_has_a_reason(self) -> Variant:
         if self.status == "failed" and not self.error:
@@ -161,6 +169,13 @@ class Results(_Part):
         if twice:
             raise ValueError(f"rows named twice: {', '.join(twice)}")
         return variants
+
+
+def _lack_of(sentence: str) -> Lack:
+    what, _, reason = sentence.partition(": ")
+    kinds = [kind for kind, role in ROLES.items() if what.startswith(role)]
+    relation = kinds[0] if kinds else "full-precision"  # "the control ..."
+    return Lack(relation=relation, what=what, reason=reason)
 
 
 def write_results(path: Path, results: Results) -> None:

@@ -91,22 +91,25 @@ def make(session: Session, share: Share, *, alone: bool = False) -> None:
 
 
 def score(session: Session, *, heal: bool) -> Results:
-    """Score every variant, and first make again, if ``heal``, what is found damaged."""
+    """Score every variant; what is found damaged is made again if ``heal``, and else missing."""
+    there = _missing(session)
     results, estimates = _scored(session)
-    for _ in range(HEALINGS if heal else 0):
-        if not _found_damage(session):
+    for _ in range(HEALINGS if heal else 1):
+        if _missing(session) == there:
             break
-        make(session, Share(), alone=True)
-        results, estimates = _scored(session)
+        if heal:
+            make(session, Share(), alone=True)
+        results, estimates = _scored(session)  # a row that was scored before is not whole now
     write_estimates(session.run.path, results, estimates)
     write_results(session.run.path / "results.json", results)
     return results
 
 
-def _found_damage(session: Session) -> bool:
-    """Whether scoring found chunks damaged: they were there before, and are missing now."""
+def _missing(session: Session) -> int:
+    """Images that are missing in rows that have not failed."""
     healthy = [job for job in session.jobs if job.folder.failure() is None]
-    return any(job.missing(session.study.execution.chunk_size) for job in healthy)
+    size = session.study.execution.chunk_size
+    return sum(len(part) for job in healthy for part in job.missing(size))
 
 
 def _check_shown(session: Session) -> None:
@@ -179,11 +182,13 @@ def _scored_row(
 def report(session: Session, results: Results, *, scored: bool = False) -> list[Path]:
     """Write everything that shows the results; all files of the run's results.
 
-    Where they have just been ``scored`` the manifest is new; else it stays that of who scored them.
+    Where they have just been ``scored`` the manifest is new; else it stays that of who scored them,
+    unless that one came no further than the results.
     """
     folder = session.run.path
     made = None if scored else provenance.recorded(folder / "manifest.json")
-    if made is None:
+    fingerprints = {job.name: job.plan.fingerprint for job in session.jobs}
+    if made is None or made.get("fingerprints") != fingerprints:
         made = provenance.manifest(
             session.study, session.jobs, results.protocol, session.registry.distributions
         )

@@ -232,10 +232,10 @@ def _row(
     lacking = sum(len(part) for part in missing) - _in_parts(folder, missing)
     error = folder.failure()
     state: State = "missing" if missing else "done"
-    if error is not None:
+    if missing and workers:
+        state = "running"  # others may go on with what one process failed with
+    elif error is not None:
         state = "failed"
-    elif missing and workers:
-        state = "running"
     return RowStatus(
         name=row["name"],
         state=state,

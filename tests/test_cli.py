@@ -334,6 +334,13 @@ def test_report_writes_its_files_again(
     assert all((out / name).read_bytes() == content for name, content in before.items())
     assert "<html" in (out / "report.html").read_text()
     assert (out / "results.json").read_bytes() == results
+    # whoever scored last was killed before it wrote what it had scored
+    manifest = (out / "manifest.json").read_text()
+    older = json.loads(manifest)
+    older["fingerprints"] = dict.fromkeys(older["fingerprints"], "0")
+    (out / "manifest.json").write_text(json.dumps({**older, "device": "of another time"}))
+    assert cli("report", write_study(tmp_path), "-o", out).exit_code == 0
+    assert json.loads((out / "manifest.json").read_text()) == json.loads(manifest)
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,28 @@ def test_images_too_small_are_refused_when_planned(make_run: Callable[..., Run])
     assert "window is 11x11 pixels, the images are only 8x8" in refused.stderr
 
 
+def test_a_damaged_image_of_full_precision_takes_its_own_metrics_only(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """It is beyond the gallery, so that nobody has read it before."""
+    run = make_run(images={"seed": 0, "count": 14})
+    assert run("launch").exit_code == 0
+    before = rows_of(tmp_path)
+    (folder,) = (tmp_path / "out").glob("full-precision-*")
+    (chunk,) = folder.glob("chunks/000012*")
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run("evaluate").exit_code == 1
+    rows = rows_of(tmp_path)
+    for name in ("cached", "cached + IEC"):
+        assert rows[name]["status"] == "done"
+        assert "'full precision', is incomplete (image 12 of 14" in rows[name]["error"]
+        for metric in ("fid-toy", "is-toy", "is-std-toy"):
+            assert rows[name]["metrics"][metric] == before[name]["metrics"][metric]
+    assert run("launch").exit_code == 0
+    assert rows_of(tmp_path)["cached"]["metrics"] == before["cached"]["metrics"]
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [

@@ -361,8 +361,13 @@ def test_a_verdict_without_controls_says_so() -> None:
     (found,) = verdicts(toy(*plain(), corrected(("P", "base", -1.5, None, None))))
     assert found.endswith(
         "without an interval, against its base P (fid-fashion 10.00 at 2.00x MACs) (-1.50); no "
-        "equal-cost rival: none has finished."
+        "equal-cost rival: none could be compared in fid-fashion."
     )
+    late = row("late", 9.0, 100.0).model_copy(
+        update={"status": "partial", "judge_of": {"C": "equal-cost"}}
+    )
+    (waiting,) = verdicts(toy(*plain(), corrected(), late, controls=["equal-cost"]))
+    assert "no equal-cost rival: none has finished; not held against late (partial)" in waiting
     (off,) = verdicts(toy(*plain(), corrected(), controls=[]))
     assert off.endswith("no equal-cost rival: controls are off.")
     (free,) = verdicts(toy(*plain(), corrected(), controls=["equal-cost"]))

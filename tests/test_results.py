@@ -157,6 +157,24 @@ def test_a_file_from_before_there_was_all_this_is_read(tmp_path: Path) -> None:
     assert found.variants[0].metrics["fid"].spread is None
 
 
+def test_what_a_row_lacks_is_read_from_sentences_too(tmp_path: Path) -> None:
+    """As files had it before it was a record."""
+    sentences = {
+        "equal-cost rival Heun: the sampler: no": ("equal-cost", "equal-cost rival Heun"),
+        "half refresh only: no": ("half", "half refresh only"),
+        "naive stacking: no": ("stacking", "naive stacking"),
+        "the control full precision + IEC: no": (
+            "full-precision",
+            "the control full precision + IEC",
+        ),
+    }
+    rows = [{**LITERAL["variants"][0], "lacks": [*sentences]}]
+    (tmp_path / "old.json").write_text(json.dumps({**LITERAL, "variants": rows}), encoding="utf-8")
+    (found,) = read_results(tmp_path / "old.json").variants
+    assert [(one.relation, one.what) for one in found.lacks] == [*sentences.values()]
+    assert [*map(str, found.lacks)] == [*sentences]
+
+
 def test_defaults_are_written_too(tmp_path: Path) -> None:
     write_results(tmp_path / "r.json", toy(row("a", 1.0)))
     written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))

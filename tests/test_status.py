@@ -104,6 +104,11 @@ def test_what_is_done_running_missing_and_failed(cli: Cli, out: Path) -> None:
     assert [row["images_done"] for row in found.values()] == [10, 7, 0]
     assert [row["chunks_missing"] for row in found.values()] == [0, 2, 3]
     assert [row["error"] for row in found.values()] == [None, None, "it broke"]
+    # others may go on with what one process had no memory for
+    VariantFolder(out / "b-0").write_failure("no memory", "Traceback ...", "this one, one process")
+    found["b"] = rows(cli, out)["b"]
+    assert (found["b"]["state"], found["b"]["error"]) == ("running", "no memory")
+    VariantFolder(out / "b-0").forget_failure()
     (worker,) = found["b"]["workers"]
     assert worker.pop("seconds_silent") < 60
     work = {"work": "images 000004-000007", "host": "n1", "pid": 77, "job": None}

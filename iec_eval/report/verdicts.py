@@ -29,6 +29,7 @@ _NO_RIVAL = {
     "controls off": "controls are off",
     "none to be had": "none could be had",
     "base costs as much": "the base costs as much, or less than 2 % less",
+    "rivals not finished": "none has finished",
 }
 
 
@@ -93,7 +94,8 @@ class _Clerk:
         clauses = [self._clause(one, _ROLES[one.relation]) for one in self._strongest(found)]
         if row.callbacks and not any(one.relation == "equal-cost" for one in found):
             why = why_missing(row, "equal-cost", self._results)
-            clauses.append(f"no equal-cost rival: {_NO_RIVAL.get(why, 'none has finished')}")
+            reason = _NO_RIVAL.get(why, f"none could be compared in {self._metric}")
+            clauses.append(f"no equal-cost rival: {reason}")
         if missing := absent(row, self._results):
             clauses.append(f"not held against {', '.join(missing)}")
         return f"{self._shown(row)}: {'; '.join(clauses)}."
