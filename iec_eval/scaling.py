@@ -111,7 +111,8 @@ class Workload:
         rows: the rows, in order.
         networks: the feature networks that metrics share.
         metrics: what scoring one row takes.
-        image_reads: how many times scoring reads the images of a row.
+        feature_reads: how many times scoring reads the features of a row.
+        image_reads: the same of its images.
         artifacts: calibrated artifacts of all rows.
         keep_images: whether images stay once their features are there.
     """
@@ -124,6 +125,7 @@ class Workload:
     rows: tuple[RowWork, ...]
     networks: tuple[NetworkWork, ...] = ()
     metrics: tuple[ScoringWork, ...] = ()
+    feature_reads: int = 1
     image_reads: int = 0
     artifacts: int = 0
     keep_images: bool = True
@@ -262,13 +264,14 @@ def storage(work: Workload) -> Storage:
 def scoring_bytes(work: Workload) -> int:
     """What the one process that scores reads of one row: features, and images if metrics do."""
     numbers = 4 * sum(network.values for network in work.networks)
-    return work.images * (numbers + work.image_reads * (work.image_bytes + INDEX_BYTES))
+    images = work.image_reads * (work.image_bytes + INDEX_BYTES)
+    return work.images * (work.feature_reads * numbers + images)
 
 
 def scoring_seconds(work: Workload, assumed: Assumptions) -> float:
     """Seconds to score one row: reading it, then every metric whose time is known."""
     known = sum(metric.seconds or 0.0 for metric in work.metrics)
-    opened = len(work.chunks) * (1 + len(work.networks) + work.image_reads)
+    opened = len(work.chunks) * (1 + work.feature_reads * len(work.networks) + work.image_reads)
     return known + scoring_bytes(work) / assumed.read + opened * assumed.file
 
 

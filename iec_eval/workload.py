@@ -14,6 +14,7 @@ from iec_eval.cost import stored_bytes
 from iec_eval.errors import ConfigError, CorruptFile, UnknownName
 from iec_eval.jobs import Job, network_id
 from iec_eval.metrics.base import Metric, PairedMetric
+from iec_eval.metrics.extrapolation import needed
 from iec_eval.metrics.features import FeatureNetwork
 from iec_eval.runs import IndexRange, VariantFolder, finished_ranges
 from iec_eval.scaling import (
@@ -32,7 +33,7 @@ from iec_eval.study import Study, full_precision
 SAMPLED = 64  # finished files that a measurement is taken from, evenly spread
 
 # How long scoring one row takes, on one thread of the machine that Assumptions were measured on.
-EIGENVALUES = 18  # operations for each D^3: the eigenvalues of FID's product of covariances
+EIGENVALUES = 18  # operations for each D^3: of a matrix, or its eigenvectors and what they make
 LOGIT_OPERATIONS = 900  # for each logit: Inception Score's shuffle, softmax and logarithms
 VALUE_OPERATIONS = {"psnr": 290, "ssim": 61_000}  # for each value of an image of a pair
 # Bytes that are held for each image until a row is scored, and while it is
@@ -108,6 +109,7 @@ def workload(
         networks=tuple(_network(name, one, jobs, seconds_per_mac) for name, one in networks),
         metrics=tuple(_scoring(one, study.images.count, values, assumed) for one in metrics),
         image_reads=_image_reads(metrics),
+        feature_reads=_feature_reads(metrics, study.images.count),
         artifacts=len(_artifacts(jobs)),
         keep_images=size.keep_images,
     )
@@ -253,8 +255,9 @@ def _operations(metric: Metric, count: int, values: int) -> float | None:
         return float(VALUE_OPERATIONS[metric.name] * values * count)
     size, classes = _dimensions(metric)
     options: Any = metric.options
-    if metric.name == "fid":
-        return 2.0 * count * size**2 + EIGENVALUES * size**3
+    if metric.name == "fid":  # its sums, influence values, and both for two cuts
+        products, decompositions = (12.0, 8) if _extrapolates(metric, count) else (4.0, 3)
+        return products * count * size**2 + decompositions * EIGENVALUES * size**3
     if metric.name == "is":
         return float(LOGIT_OPERATIONS * count * classes)
     if metric.name == "kid":
@@ -268,12 +271,24 @@ def _memory(metric: Metric, count: int) -> int:
     """Bytes that a metric holds while it computes, as its lists and their copies need."""
     size, classes = _dimensions(metric)
     if metric.name == "fid":
-        return 5 * SCORE * size**2
+        return (26 if _extrapolates(metric, count) else 18) * SCORE * size**2
     if metric.name == "is":
         return count * classes * (3 * LIST + SCORE)
     if metric.name in ("kid", "precision-recall"):
         return count * size * 3 * LIST
     return count * 2 * SCORE  # a number and an index
+
+
+def _extrapolates(metric: Metric, count: int) -> bool:
+    """Whether ``fid`` has a number for infinitely many images too."""
+    options: Any = metric.options
+    return bool(options.extrapolate) and count >= needed(_dimensions(metric)[0])
+
+
+def _feature_reads(metrics: Sequence[Metric], count: int) -> int:
+    """How often a row's features are read: FID goes over them again for influence values."""
+    distances = [metric for metric in metrics if metric.name == "fid"]
+    return max((7 if _extrapolates(one, count) else 3 for one in distances), default=1)
 
 
 def _dimensions(metric: Metric) -> tuple[int, int]:

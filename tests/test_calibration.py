@@ -485,3 +485,20 @@ def test_calibration_settings_decide_images_of_a_row_with_such_a_callback_alone(
     first, second = fingerprints(images=4), fingerprints(images=5)
     assert first[0] != second[0]
     assert first[1] == second[1]
+
+
+def test_a_calibration_without_memory_is_the_reason_that_is_told(
+    cli: Cli, write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that something is not calibrated: that is what comes of it."""
+
+    def too_large(*_: Any) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("of 80 GB 79 are taken")
+
+    monkeypatch.setattr(TimestepQuantizer, "calibrate", too_large)
+    quantized = {"name": "w8a8", "efficiency": [{"name": "timestep-quantizer"}]}
+    study, out = write_study(tmp_path, variants=[{"name": "plain"}, quantized]), tmp_path / "out"
+    assert cli("launch", study, "-o", out).exit_code == 1
+    plain, failed = read_results(out / "results.json").variants
+    assert plain.status == "done"
+    assert failed.error == "OutOfMemoryError: of 80 GB 79 are taken"

@@ -260,7 +260,17 @@ def test_show_estimates_without_any_files(cli: Cli, write_study: Write, tmp_path
     found = scale(cli, study)
     assert found["networks"][0]["values"] == 2048 + 1008
     assert all(math.isfinite(one["wall"]) for one in found["processes"])
-    assert found["scoring"]["bytes_per_row"] == 10 * 4 * 3056
+    fid = found["metrics"][0]
+    assert found["scoring"]["bytes_per_row"] == 3 * 10 * 4 * 3056  # twice more for intervals
+    assert fid["memory"] == 18 * 8 * 2048**2
+    # enough images for another one without bias, which two cuts are scored for
+    many = scale(cli, study, "-s", "images.count=20000")
+    assert many["scoring"]["bytes_per_row"] == 7 * 20000 * 4 * 3056
+    assert many["metrics"][0]["memory"] == 26 * 8 * 2048**2
+    sums = 20000 * 2048**2
+    fewer = scale(cli, study, "-s", "images.count=20000", "-s", "metrics.0.extrapolate=false")
+    more = many["metrics"][0]["seconds"] - fewer["metrics"][0]["seconds"]
+    assert more == pytest.approx((8 * sums + 5 * 18 * 2048**3) / 5e10)
 
 
 @pytest.mark.parametrize(
