@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 PUBLISHED = ROOT / "docs" / "results"
 
-FID, INCEPTION = "fid-fashion", "is-fashion"
+FID, INFINITE, INCEPTION = "fid-fashion", "fid-infinity-fashion", "is-fashion"
 ROWS_HEAD = [
     "row",
     f"{FID} ↓",
@@ -154,14 +154,27 @@ def _quality(row: Variant) -> float:
 def _against(row: Variant, base: str) -> str:
     """A row's difference to another: bold where it can be told."""
     found = next(one for one in row.comparisons if one.versus == base and one.metric == FID)
-    if found.value == 0 and found.ci95 == (0, 0):
-        return "same images"
+    return "same images" if found.value == 0 and found.ci95 == (0, 0) else _bold(found)
+
+
+def _bold(found: Comparison) -> str:
     text = difference(found)
     return text if found.judgement == "not distinguishable" else f"**{text}**"
 
 
-def _in_short_table(head: Sequence[str], methods: Iterable[tuple[str, str]]) -> list[str]:
-    lines = [head, *(in_short(method, spacing) for method, spacing in methods)]
+def disagreements() -> list[list[str]]:
+    """Rows that FID can tell from their base and FID without bias cannot, or the reverse."""
+    lines = []
+    for path in sorted(PUBLISHED.glob("*.json")):
+        for row in results_of(path.stem).variants:
+            base = {one.metric: one for one in row.comparisons if one.relation == "base"}
+            told, infinite = base.get(FID), base.get(INFINITE)
+            if told and infinite and told.judgement != infinite.judgement:
+                lines.append([path.stem, row.name, _bold(told), _bold(infinite)])
+    return lines
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     columns = [
         _padded(column, left=column[0] not in NUMBERS) for column in zip(*lines, strict=True)
     ]
@@ -196,7 +209,9 @@ def _table_again(table: Sequence[str], shown: str | None, subject: str) -> Seque
     head, body = _cells_of(table[0]), [_cells_of(line) for line in table[2:]]
     names = [cells[0] for cells in body]
     if head[0] == "method":
-        return _in_short_table(head, [(cells[0], cells[1]) for cells in body])
+        return _aligned([head, *(in_short(cells[0], cells[1]) for cells in body)])
+    if head[0] == "results":
+        return _aligned([head, *disagreements()])
     if head[0] == "row" and shown:
         return rows_table(results_of(shown), names)
     if table[0] == VERDICTS_HEAD[0] and shown:
