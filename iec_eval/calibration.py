@@ -27,6 +27,7 @@ from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler
 
 CPU = torch.device("cpu")
+ARTIFACTS = 2  # what calibration makes; 1: layers behind a cache had the grids of step 0 throughout
 
 
 class Calibrated(Identified, Protocol):
@@ -146,9 +147,8 @@ class Bench:
 
 def root_key(model: Mapping[str, Any], sampler: Identified, calibration: Mapping[str, Any]) -> str:
     """The key before any part: model with its hashes, sampler and calibration settings."""
-    return digest(
-        {"model": dict(model), "sampler": identity(sampler), "calibration": dict(calibration)}
-    )
+    known = {"model": dict(model), "sampler": identity(sampler), "calibration": dict(calibration)}
+    return digest({**known, "artifacts": ARTIFACTS})
 
 
 def next_key(key: str, part: Calibrated) -> str:

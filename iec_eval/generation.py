@@ -218,10 +218,15 @@ def generate(
 
 def set_threads(execution: ExecutionSpec) -> None:
     """CPU threads of this process: as asked, or torch's choice within its share of the cores."""
-    share = max(1, len(os.sched_getaffinity(0)) // _processes(execution))
+    share = max(1, _cores() // _processes(execution))
     if processes.started_by_slurm():  # which counts for each task, and may have bound it to them
         share = int(os.environ.get("SLURM_CPUS_PER_TASK", share))
     torch.set_num_threads(execution.threads or min(torch.get_num_threads(), share))
+
+
+def _cores() -> int:
+    """Those that this process may use; where the system does not tell, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_threads(execution: ExecutionSpec) -> None:

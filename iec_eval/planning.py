@@ -143,7 +143,8 @@ class Planner:
             callbacks,
             row.images.seed,
             calibration=row.calibration.identity() if calibrates else None,
-            batching=self.batching if mixed else None,
+            # the last chunk's company is decided by how many images there are
+            batching={**self.batching, "count": row.images.count} if mixed else None,
         )
 
 

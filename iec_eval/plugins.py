@@ -13,10 +13,10 @@ from importlib import import_module, metadata
 from typing import Any
 
 import pluggy
-from pydantic import BaseModel
 
 from iec_eval import __version__, hookspecs
 from iec_eval.errors import PluginError, UnknownName
+from iec_eval.options import BaseOptions
 from iec_eval.stopping import Terminated
 
 BUILTINS = (
@@ -239,7 +239,7 @@ def _checked(function: Callable[[], Any], base: Any, hook: str) -> list[Any]:
 def _check_class(cls: Any) -> None:
     if not isinstance(getattr(cls, "name", None), str) or not cls.name:
         raise PluginError(f"{cls.__name__} has no name")
-    if not (isinstance(cls.Options, type) and issubclass(cls.Options, BaseModel)):
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, BaseOptions)):
         raise PluginError(f"{cls.__name__}.Options is not an Options class")
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:

@@ -171,7 +171,7 @@ def trainer(execution: ExecutionSpec, callbacks: list[Any], *, alone: bool = Fal
     strategy = _strategy(execution.strategy, several=here * nodes > 1 and not alone)
     try:
         return Trainer(
-            accelerator=execution.accelerator,
+            accelerator=_accelerator(execution),
             devices=devices,
             num_nodes=nodes,
             strategy=strategy,
@@ -194,9 +194,25 @@ def first_device(execution: ExecutionSpec) -> torch.device:
     """
     try:
         with quiet_lightning():
-            return Fabric(accelerator=execution.accelerator, devices=1, num_nodes=1).device
+            return Fabric(accelerator=_accelerator(execution), devices=1, num_nodes=1).device
     except MISFIT as error:
         raise _misfit(error) from error
+
+
+def _accelerator(execution: ExecutionSpec) -> str:
+    """What Lightning is asked for: of its own accord it would take a Mac's GPU.
+
+    Raises ConfigError for that one, which has no float64; calibration and some samplers need it.
+    """
+    named = execution.accelerator
+    if not torch.backends.mps.is_available() or torch.cuda.is_available():
+        return named
+    if named in ("gpu", "mps"):
+        raise ConfigError(
+            f"execution.accelerator: {named!r} is a Mac's GPU here, which has no float64; "
+            "wanted cpu"
+        )
+    return "cpu" if named == "auto" else named
 
 
 def _misfit(error: Exception) -> ConfigError:

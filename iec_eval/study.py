@@ -100,7 +100,9 @@ class ExecutionSpec(BaseOptions):
     chunk_size: int = Field(256, ge=1, description="images in one file")
     devices: int | Literal["auto"] = Field("auto", description="devices or processes per node")
     num_nodes: int = Field(1, ge=1, description="nodes")
-    accelerator: str = Field("auto", description="as Lightning names it: auto, cpu, gpu ...")
+    accelerator: str = Field(
+        "auto", description="as Lightning names it: auto, cpu, gpu ..."
+    )
     strategy: str = Field("auto", description="as Lightning names it")
     threads: int | None = Field(None, ge=1, description="CPU threads a process; null: all cores")
     keep_images: bool = Field(True, description="false: delete images once features are there")

@@ -13,6 +13,7 @@ from iec_eval.calibration import Bench
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.epsilon_scaling import EpsilonScaling
 from iec_eval.callbacks.iec import IEC
+from iec_eval.callbacks.look_ahead import LookAhead
 from iec_eval.callbacks.scale_matched import ScaleMatched
 from iec_eval.callbacks.time_shift import TimeShift, shifted
 from iec_eval.clock import Clock
@@ -65,6 +66,18 @@ def test_epsilon_scaling_refuses_what_is_no_scaling_of_noise() -> None:
     velocity = build(DiffusersSampler, {"prediction": "v", "steps": 4}, SCHEDULE)
     with pytest.raises(Incompatible, match="this run predicts v"):
         build(EpsilonScaling).check(velocity, Clock(4))
+
+
+@pytest.mark.parametrize("cls", [IEC, LookAhead])
+def test_what_averages_noise_refuses_what_is_no_noise(cls: type[Any]) -> None:
+    """The average of two v, seen from the first sample, is not the noise of eq. 10's average."""
+    for kind in ("v", "sample"):
+        other = build(DiffusersSampler, {"prediction": kind, "steps": 4}, SCHEDULE)
+        with pytest.raises(Incompatible, match=f"this run predicts {kind}"):
+            build(cls).check(other, Clock(4))
+    flow = {"scheduler": "FlowMatchEulerDiscreteScheduler", "prediction": "flow", "steps": 4}
+    build(cls).check(build(DiffusersSampler, flow, SCHEDULE), Clock(4))
+    build(IEC, {"weights": []}).check(other, Clock(4))  # which corrects nothing
 
 
 # --- shifted timesteps ------------------------------------------------------------------------

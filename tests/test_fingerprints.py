@@ -14,6 +14,7 @@ from pydantic import Field
 
 from iec_eval.api import NOT_DECISIVE, BaseOptions
 from iec_eval.assembly import artifact_keys
+from iec_eval.efficiency.reconstruction import RATES
 from iec_eval.fingerprints import digest
 from iec_eval.planning import Plan
 from iec_eval.plugins import Registry, load_registry
@@ -268,3 +269,23 @@ def test_marked_options_are_left_out_however_deep() -> None:
         "one_or_none": {"kept": 1},
         "plain": {"place": "kept"},
     }
+
+
+def test_rates_are_what_a_preset_of_reconstruction_stands_for(plans: Plans) -> None:
+    def learned(**options: Any) -> Any:
+        quantizer = {"name": "timestep-quantizer", "weight_bits": 4}
+        return one(plans, efficiency=[quantizer, {"name": "reconstruction", **options}])
+
+    named = learned(preset="church")
+    names = ("rounding_rate", "scale_rate", "zero_rate", "weight_rate")
+    assert named == learned(**dict(zip(names, RATES["church"], strict=True)))
+    assert named == learned(preset="bedroom")  # which learns as fast
+    assert named != learned(preset="imagenet")
+
+
+def test_a_correction_that_judges_a_batch_is_another_where_batches_are(plans: Plans) -> None:
+    """The last batch is as large as the number of images leaves it."""
+    judging = [{"name": "iec", "preset": "official_ddim"}]
+    known = one(plans, callbacks=judging)
+    for override in ("execution.batch_size=1", "execution.chunk_size=1", "images.count=200"):
+        assert one(plans, override, callbacks=judging) != known

@@ -73,6 +73,11 @@ BROKEN = {
         returning("[Walk]").replace('name = "walk"', 'name, Options = "walk", 3'),
         "PluginError: Walk.Options is not an Options class",
     ),
+    "foreign-options": (
+        "from pydantic import BaseModel\n\nclass Plain(BaseModel): ...\n"
+        + returning("[Walk]").replace('name = "walk"', 'name, Options = "walk", Plain'),
+        "PluginError: Walk.Options is not an Options class",
+    ),
     "stepless": (
         returning("[Walk]").replace("def step", "def stop"),
         "PluginError: Walk does not define step",

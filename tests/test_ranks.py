@@ -22,6 +22,10 @@ from conftest import environment, installed_plugin
 from forks import Fork, Server, serving
 from places import COUNT, EXECUTION, ROWS, Place, assert_same_run
 
+from iec_eval import ranks
+from iec_eval.errors import ConfigError
+from iec_eval.study import ExecutionSpec
+
 BATCH, CHUNK = 2, 8
 PATIENCE = 300.0  # seconds for anything that must happen, on a busy machine too
 pytestmark = [pytest.mark.usefixtures("witness", "counter"), pytest.mark.slow]
@@ -314,3 +318,16 @@ def test_a_port_in_use_is_one_message_and_leaves_no_process(
     assert fork.out == ""
     assert "the processes of this run could not meet" in fork.err
     assert "Traceback" not in fork.err
+
+
+@pytest.mark.parametrize("named", ["auto", "cpu", "gpu", "mps"])
+def test_a_mac_computes_on_its_cpu(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU has no float64, which calibration needs."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    execution = ExecutionSpec(accelerator=named)
+    if named in ("auto", "cpu"):
+        assert ranks.first_device(execution) == torch.device("cpu")
+    else:
+        with pytest.raises(ConfigError, match="a Mac's GPU here, which has no float64; wanted cpu"):
+            ranks.first_device(execution)

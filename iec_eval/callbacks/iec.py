@@ -157,6 +157,12 @@ class IEC(DenoisingCallback):
                 "iec: the sampler clips the predicted image, which breaks the correction's "
                 "mathematics; switch clipping off or set allow_clipping: true"
             )
+        other = sampler.predictions - PREDICTIONS
+        if other and self.options.weights:
+            raise Incompatible(
+                f"iec: averages the predicted noise (paper, eq. 10); this run predicts "
+                f"{', '.join(sorted(other))}, whose average is not that of the noise it stands for"
+            )
         if sampler.uncorrectable and self.options.weights:
             raise Incompatible(f"iec: sampler {sampler.name}: {sampler.uncorrectable}")
         corrected_steps(self.options.where, clock.total, clock.full_steps)
@@ -257,6 +263,8 @@ def corrected_steps(
     return frozenset(chosen[where])
 
 
+# of flow matching the prediction is the velocity itself, which the solver integrates
+PREDICTIONS = frozenset({"epsilon", "flow"})
 _SHORT_FORM = ("corrections", "relaxation", "relaxation_schedule")
 
 

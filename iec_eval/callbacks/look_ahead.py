@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from iec_eval.callbacks.base import DenoisingCallback
+from iec_eval.callbacks.iec import PREDICTIONS
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
 from iec_eval.errors import Incompatible
@@ -44,6 +45,11 @@ class LookAhead(DenoisingCallback):
         """Raise Incompatible where the sample a prediction leads to is no estimate of the next."""
         if sampler.uncorrectable:
             raise Incompatible(f"look-ahead: sampler {sampler.name}: {sampler.uncorrectable}")
+        if sampler.predictions - PREDICTIONS:
+            raise Incompatible(
+                "look-ahead: takes the noise predicted at another sample for that of its own; this "
+                f"run predicts {', '.join(sorted(sampler.predictions))}"
+            )
 
     def evaluate(self, step: Step) -> Tensor | None:
         if step.index == 0 or not step.full or not step.caches:

@@ -68,7 +68,9 @@ class SelfConsistent(DenoisingCallback):
     """
 
     name = "self-consistent"
-    version = 2  # 1: knew no distance that is too small
+    # 1: knew no distance that is too small; 2: behind a cache, layers that the teacher runs at a
+    # cached step were quantized for step 0
+    version = 3
     Options = SelfConsistentOptions
     options: SelfConsistentOptions
 

@@ -123,10 +123,16 @@ class ActivationQuantizer(nn.Module):
         return grid
 
     def _fill_unseen(self, grid: Grid, batches: Tensor) -> None:
-        """A step that never ran this layer (a cached one, say) is given the first that did."""
-        first = int((batches > 0).nonzero()[0, 0])
-        for table in grid:
-            table[batches == 0] = table[first].clone()
+        """A step that never ran this layer (a cached one, say) is given the last before that did.
+
+        It may run there after all: a callback may ask for a full evaluation.
+        """
+        ran = (batches > 0).tolist()
+        last = ran.index(True)
+        for step, own in enumerate(ran):
+            last = step if own else last
+            for table in grid:
+                table[step] = table[last]
 
     def _observe(self, x: Tensor) -> Tensor:
         rows = self._rows(x)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from diffusers import Transformer2DModel
@@ -35,7 +35,7 @@ from iec_eval.efficiency.reconstruction_data import BlockData, Items, gather_ite
 from iec_eval.efficiency.soft_rounding import SoftRounding
 from iec_eval.efficiency.unet_walk import core_of
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.options import BaseOptions
+from iec_eval.options import NOT_DECISIVE, BaseOptions
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench, Draft
@@ -59,7 +59,7 @@ RATES: Mapping[str, tuple[float, float, float, float]] = {
 class ReconstructionOptions(BaseOptions):
     """Options of reconstruction; ``preset`` fills in learning rates that are not given."""
 
-    preset: (
+    preset: Annotated[
         Literal[
             "cifar10",
             "cifar10-cachequant",
@@ -69,8 +69,9 @@ class ReconstructionOptions(BaseOptions):
             "imagenet",
             "stable-diffusion",
         ]
-        | None
-    ) = Field(None, description="learning rates of the released code for this data set")
+        | None,
+        NOT_DECISIVE,
+    ] = Field(None, description="learning rates of the released code for this data set")
     granularity: Literal["block", "layer"] = Field(
         "block", description="what is met at once: outputs of resnets and attentions, or of layers"
     )
