@@ -151,6 +151,7 @@ class Calibrator:
             seed=plan.experiment.calibration.seed,
             images=plan.experiment.calibration.images,
             device=self.device,
+            batch_size=plan.experiment.calibration.batch_size,
             progress=progress,
             draft=Draft(store, draft_key(key)),
             callbacks=tuple(callbacks),

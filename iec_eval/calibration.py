@@ -25,6 +25,7 @@ from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
 from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler
+from iec_eval.study import CALIBRATION_BATCH
 
 CPU = torch.device("cpu")
 ARTIFACTS = 2  # what calibration makes; 1: layers behind a cache had the grids of step 0 throughout
@@ -98,6 +99,7 @@ class Bench:
     seed: int
     images: int
     device: torch.device = CPU
+    batch_size: int = CALIBRATION_BATCH
     progress: Progress = field(default_factory=lambda: Progress("steps", visible=False))
     draft: Draft = Draft()
     callbacks: Sequence[DenoisingCallback] = ()
@@ -106,18 +108,18 @@ class Bench:
         self,
         callbacks: Sequence[DenoisingCallback],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         images: int | None = None,
     ) -> None:
         """Denoise the calibration images; ``callbacks`` observe every step of every batch.
 
         Args:
             callbacks: as in sampling; one that only observes returns the prediction unchanged.
-            batch_size: images denoised together.
+            batch_size: images denoised together, if not as many as is usual.
             images: only the first so many.
         """
-        count = min(self.images, images or self.images)
-        batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+        count, size = min(self.images, images or self.images), batch_size or self.batch_size
+        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
         self.progress.start(len(batches) * len(self.sampler.timesteps))
         for indices in batches:
             condition = self.model.calibration_condition(indices).to(self.device)

@@ -37,6 +37,7 @@ ROLES: Mapping[Relation, str] = {
     "full-precision": "full precision",
 }
 """What a row is called by the row that it judges."""
+CALIBRATION_BATCH = 64
 CALIBRATION_NOISE = 2  # version; 1 was that of scored images of the same seed
 INHERITED = ("sampler", "efficiency", "callbacks")
 
@@ -87,10 +88,19 @@ class CalibrationSpec(BaseOptions):
 
     seed: int = Field(1, ge=0, lt=2**63, description="of the calibration noise")
     images: int = Field(512, ge=1, description="calibration images")
+    batch_size: int = Field(
+        CALIBRATION_BATCH, ge=1, description="images denoised together; each batch has its ranges"
+    )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the calibration images: the options, and how their noise is drawn."""
-        return {**self.model_dump(), "noise": CALIBRATION_NOISE}
+        """What decides what is calibrated: the options, and how the images' noise is drawn.
+
+        The batch size that all had before it was an option is not spelled out.
+        """
+        found = {**self.model_dump(), "noise": CALIBRATION_NOISE}
+        if self.batch_size == CALIBRATION_BATCH:
+            del found["batch_size"]
+        return found
 
 
 class ExecutionSpec(BaseOptions):
@@ -100,9 +110,7 @@ class ExecutionSpec(BaseOptions):
     chunk_size: int = Field(256, ge=1, description="images in one file")
     devices: int | Literal["auto"] = Field("auto", description="devices or processes per node")
     num_nodes: int = Field(1, ge=1, description="nodes")
-    accelerator: str = Field(
-        "auto", description="as Lightning names it: auto, cpu, gpu ..."
-    )
+    accelerator: str = Field("auto", description="as Lightning names it: auto, cpu, gpu ...")
     strategy: str = Field("auto", description="as Lightning names it")
     threads: int | None = Field(None, ge=1, description="CPU threads a process; null: all cores")
     keep_images: bool = Field(True, description="false: delete images once features are there")

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from iec_eval.calibration import Bench
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser
+from iec_eval.efficiency import quantized_layers
 from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.quantized_layers import (
     ActivationQuantizer,
     GridSearch,
+    QuantizedAttention,
     QuantizedLayer,
     Switch,
 )
@@ -27,6 +29,7 @@ from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.efficiency.unet_walk import skip_splits
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import Noise
+from iec_eval.study import CalibrationSpec
 from iec_eval.testing import TinyModel, check_efficiency_method
 from iec_eval.testing.tiny import TinyOptions
 
@@ -397,6 +400,39 @@ def test_bytes_at_the_bits_by_hand() -> None:
     codes, bias, grids = 5 * 3 * 9 // 2 + 1, 4 * 5, (5 + 10) * (4 + 1)
     assert quantized.stored_bytes == codes + bias + grids
     assert quantized.bits_per_mac == 32
+
+
+def test_large_attention_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clock = TinyModel(), Clock(STEPS)
+    method = build(TimestepQuantizer)
+    artifact = method.calibrate(Bench(model.load(), clock, model, ddim(steps=STEPS), 1, 4))
+    network = method.apply(model.load(), clock, artifact)
+    whole, rows = first_prediction(network, model, clock), list[int]()
+    mix = QuantizedAttention._mix_rows
+
+    def noted(self: Any, attn: Any, q: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(q))
+        return mix(self, attn, q, *rest)
+
+    monkeypatch.setattr(QuantizedAttention, "_mix_rows", noted)
+    monkeypatch.setattr(quantized_layers, "TOGETHER", 1)
+    assert torch.equal(first_prediction(network, model, clock), whole)
+    assert set(rows) == {1}
+    # what is seen decides the grids: all of a batch has to be seen at once
+    rows.clear()
+    again = method.calibrate(Bench(model.load(), clock, model, ddim(steps=STEPS), 1, 4))
+    assert 8 in rows  # both halves of guidance
+    assert all(torch.equal(again[name], artifact[name]) for name in artifact)
+
+
+def test_the_batch_of_calibration_is_an_option() -> None:
+    assert "batch_size" not in CalibrationSpec().identity()  # what all had before it was one
+    assert CalibrationSpec(batch_size=4).identity()["batch_size"] == 4
+    model, clock, sizes = TinyModel(), Clock(STEPS), list[int]()
+    network = model.load()
+    network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    Bench(network, clock, model, ddim(steps=STEPS), 1, 5, batch_size=2).run([])
+    assert set(sizes) == {4, 2}  # both halves of guidance
 
 
 def test_the_same_grids_serve_a_cached_network() -> None:

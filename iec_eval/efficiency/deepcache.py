@@ -104,7 +104,8 @@ class DeepCache(EfficiencyMethod):
         observer = FeatureDistances(cached, total, min(2 * interval, total))
         on_features, images = replace(bench, network=cached), self.options.schedule_images
         with bench.every_step_full():
-            on_features.run([observer], batch_size=TOGETHER, images=images)
+            size = min(TOGETHER, bench.batch_size)
+            on_features.run([observer], batch_size=size, images=images)
         return {"full_steps": torch.tensor(dps_schedule(observer.distances, interval))}
 
     def full_steps(self, total: int, artifact: Artifact) -> Collection[int]:

@@ -59,6 +59,9 @@ class GridSums:
     batches: Tensor
 
 
+TOGETHER = 2**28  # attention weights at once, a gigabyte
+
+
 class ActivationQuantizer(nn.Module):
     """Quantizes an activation with the scale and zero point of the current sampler step.
 
@@ -97,11 +100,15 @@ class ActivationQuantizer(nn.Module):
             return x
         if mode == "observe":
             return self._observe(x)
-        one_grid = self._channels is None and self._clock.steps is None
-        if one_grid and not (torch.is_grad_enabled() or x.is_meta):
+        if self.one_grid and not (torch.is_grad_enabled() or x.is_meta):
             scale, low, high = self._plain()[self._clock.step]
             return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
         return fake_quantize(x, self._at(self.scale, x), self._at(self.zero_point, x), self.bits)
+
+    @property
+    def one_grid(self) -> bool:
+        """Whether all values are on one grid now, that of the step that all rows are at."""
+        return self._channels is None and self._clock.steps is None
 
     def set_grids(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take the grids of all steps."""
@@ -312,6 +319,11 @@ class QuantizedProduct(nn.Module):
         return self.first.bits * self.second.bits
 
     @property
+    def acts_on_rows(self) -> bool:
+        """Whether a row comes out the same, whichever others are there and however they order."""
+        return self.first.one_grid and self.first.switch.mode != "observe"
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the grids: a float scale and a zero point of one byte."""
         return 5 * (self.first.scale.numel() + self.second.scale.numel())
@@ -368,7 +380,17 @@ class QuantizedAttention:
         return cast(Tensor, output / attn.rescale_output_factor)
 
     def _mix(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(Q(q) Q(k)^T / sqrt(d)), quantized, times Q(v), over all heads."""
+        """softmax(Q(q) Q(k)^T / sqrt(d)), quantized, times Q(v), over all heads.
+
+        In parts of a batch where all of it would take much memory: fixed grids act on each row.
+        """
+        rows = max(1, TOGETHER // (attn.heads * q.shape[1] * k.shape[1]))
+        if len(q) <= rows or mask is not None or not self.mixture.acts_on_rows:
+            return self._mix_rows(attn, q, k, v, mask)
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+        return torch.cat([self._mix_rows(attn, *part, None) for part in parts])
+
+    def _mix_rows(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (_split_heads(x, attn.heads) for x in (q, k, v))
         scores = self.scores(q, k) * attn.scale
         if mask is not None:

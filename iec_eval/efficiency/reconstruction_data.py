@@ -21,8 +21,6 @@ from iec_eval.efficiency.deepcache import CachedUNet, find_cache
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
-TOGETHER = 64  # rows evaluated at once
-
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Squared differences, summed over channels (dimension 1) and averaged over the rest."""
@@ -113,7 +111,7 @@ class BlockData:
     def loss(self, bench: Bench, block: nn.Module) -> float:
         """Mean squared error of the block over all rows."""
         total = 0.0
-        for rows in torch.arange(len(self)).split(TOGETHER):
+        for rows in torch.arange(len(self)).split(bench.batch_size):
             steps = self.steps[rows].to(bench.device)
             batch = Batch(
                 self.arguments.rows(rows, bench.device), self.target[rows].to(bench.device), steps
@@ -174,7 +172,7 @@ class Items:
     ) -> tuple[list[Arguments], list[Tensor]]:
         """What the block is given, and for which items: it may not run at cached steps."""
         found, rows = [], []
-        for part in self._parts():
+        for part in self._parts(bench.batch_size):
             with _watch(block) as seen:
                 self._run_student(bench, part)
             if seen:
@@ -193,11 +191,11 @@ class Items:
             outputs.append(seen[0][1])
         return outputs, inputs
 
-    def _parts(self) -> list[Tensor]:
+    def _parts(self, together: int) -> list[Tensor]:
         """Items evaluated together: all of full steps or all of cached ones."""
         order = torch.arange(len(self.steps))
         full, cached = order[: self.first_cached], order[self.first_cached :]
-        return [p for group in (full, cached) for p in group.split(TOGETHER) if len(p)]
+        return [p for group in (full, cached) for p in group.split(together) if len(p)]
 
     def _run_student(self, bench: Bench, part: Tensor) -> None:
         clock = bench.clock
