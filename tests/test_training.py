@@ -100,3 +100,7 @@ def test_the_recipe_makes_a_folder_that_studies_can_use(tmp_path):
     assert again.output.splitlines()[-1] == result.output.splitlines()[-1]
     names = {p.name for p in (tmp_path / "model").iterdir()}
     assert {"unet", "scheduler", "features", "reference.safetensors", "card.json"} <= names
+    # networks do not depend on the size, so checkpoints would fit; the reference would not
+    larger = CliRunner().invoke(cli, [*arguments, *options, "--size", "32"])
+    assert larger.exit_code == 2
+    assert "was trained on other images, or on these prepared otherwise" in larger.output

@@ -4,11 +4,13 @@ OUT/unet  OUT/scheduler            the denoiser, as diffusers saves it
 OUT/features                       the classifier whose features score it
 OUT/reference.safetensors          statistics of the training images
 OUT/card.json                      what was done, for the data card
+OUT/data.json                      which images, by their hash
 OUT/work                           checkpoints; the folder can be deleted at the end
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +24,7 @@ from iec_eval.images import ImagePreparation, Subset, load_all, open_images
 from iec_eval.metrics.features import ClassifierFeatures
 from iec_eval.metrics.fid import FID, FIDOptions
 from iec_eval.metrics.statistics import FILE, reference_from_images
-from iec_eval.storage import write_json
+from iec_eval.storage import content_digest, write_json
 from iec_eval.training.classifier import (
     ClassifierRecipe,
     save_features,
@@ -46,9 +48,11 @@ def train_folder(
 ) -> dict[str, Any]:
     """Train everything that is missing in ``out`` and return the card.
 
-    Raises ConfigError for images without classes.
+    Raises ConfigError for images without classes, and for others than those that what is there
+    was trained on.
     """
     pixels, labels = _labelled(images, preparation)
+    _one_data_set(pixels, labels, out / "data.json")
     network = train_classifier(
         pixels, labels, classifier, out / "work", report=_reporter(say, "classifier epoch")
     )
@@ -88,6 +92,21 @@ def _labelled(images: str, preparation: ImagePreparation) -> tuple[Tensor, Tenso
             "class in a folder of its own"
         )
     return pixels, labels
+
+
+def _one_data_set(pixels: Tensor, labels: Tensor, record: Path) -> None:
+    """Note what is trained on; raises ConfigError if that is not what ``record`` tells."""
+    data = {
+        "content": content_digest({"pixels": pixels, "labels": labels}),
+        "shape": list(pixels.shape),
+    }
+    known = json.loads(record.read_text()) if record.is_file() else data
+    if known != data:
+        raise ConfigError(
+            f"{record.parent} was trained on other images, or on these prepared otherwise "
+            f"({known['shape']} then, {data['shape']} now); use another folder"
+        )
+    write_json(record, data)
 
 
 def _save_reference(images: str, preparation: ImagePreparation, out: Path, say: Say) -> None:
