@@ -203,7 +203,12 @@ def test_random_steps_differ_by_image_and_not_by_batch() -> None:
 
 # --- IEC --------------------------------------------------------------------------------------
 
-CORRECTED = [case for case in ALL if not SCHEDULERS[case[0]] or case[1].get("solver_order") == 1]
+CORRECTED = [
+    case
+    for case in ALL
+    if (not SCHEDULERS[case[0]] or case[1].get("solver_order") == 1)
+    and case[2] in ("epsilon", "flow")
+]
 
 
 @pytest.mark.parametrize(("name", "config", "kind"), CORRECTED)

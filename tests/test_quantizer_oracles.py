@@ -167,10 +167,12 @@ def test_calibration_in_double_precision(run: str) -> None:
     for name, quantizer in quantizers.items():
         found, grid = quantizer.found(), wanted[name]
         away = (found.scale / grid.scale - 1).abs()
-        # Where one activation rounds the other way, ranges of the layers after it move a little:
-        # it happens at step 0, whose grids a layer also has for steps that never run it.
-        assert away.max() < 0.05, name
+        # Steps that never run a layer have the grids of step 0 in the original, of the last one
+        # that does here. Where one activation rounds the other way, ranges of the layers after it
+        # move a little: it happens at step 0.
         own = grid.scale != grid.scale[0]
+        assert (away[own] < 0.05).all(), name
+        assert away[0] < 0.05, name
         codes = (found.zero_point - grid.zero_point.round()).abs()
         exact += ((away < 1e-6) & (codes == 0))[own].tolist()
     assert sum(exact) > {"W8A8_N1": 0.95, "W8A8_N4": 0.75}[run] * len(exact)
