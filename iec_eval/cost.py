@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +16,7 @@ from iec_eval.assembly import Assembly, assemble_skeleton
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.efficiency.base import EfficiencyMethod
-from iec_eval.errors import IecEvalError
+from iec_eval.errors import IecEvalError, one_line
 from iec_eval.fingerprints import digest
 from iec_eval.models.base import DiffusionModel
 from iec_eval.noise import Noise
@@ -25,6 +25,8 @@ from iec_eval.samplers.base import Sampler
 from iec_eval.study import Part
 
 FULL_BITS = 32
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,19 @@ _COUNTED: WeakKeyDictionary[DiffusionModel, dict[str, tuple[Work, Work]]] = Weak
 
 def evaluation_costs(plans: Sequence[Plan]) -> list[EvaluationCost | Uncounted]:
     """The cost of an evaluation in each row, found once for rows with the same network."""
-    found = {key: _cost_if_counted(plan) for key, plan in distinct_networks(plans).items()}
+    distinct = distinct_networks(plans)
+    found = {key: if_counted(evaluation_cost, plan) for key, plan in distinct.items()}
     return [found[network_key(plan)] for plan in plans]
 
 
-def _cost_if_counted(plan: Plan) -> EvaluationCost | Uncounted:
+def if_counted(count: Callable[[Plan], T], plan: Plan) -> T | Uncounted:
+    """``count(plan)``, or why a part of it cannot be counted, which can still be run."""
     try:
-        return evaluation_cost(plan)
+        return count(plan)
     except IecEvalError:  # a row that cannot be at all
         raise
-    except Exception as error:  # a part that cannot be counted can still be run
+    except Exception as error:
         return Uncounted(one_line(error))
-
-
-def one_line(error: Exception) -> str:
-    """Kind and message of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def evaluation_cost(plan: Plan) -> EvaluationCost:

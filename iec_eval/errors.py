@@ -64,6 +64,12 @@ class CorruptChunk(CorruptFile):
     """A chunk of images was damaged; it has been set aside and can be made again."""
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, of which 500 characters are kept."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500] or 'no message'}"
+
+
 def complaints(attempt: Callable[[], object]) -> list[str]:
     """The message of the ConfigError that ``attempt()`` raises; nothing if it raises none."""
     try:

@@ -109,16 +109,8 @@ def score(
     failure = job.folder.failure()
     if failure:
         return _unscored(row, "failed", failure)
-    lacking = None if base is None or base is job else _lacking(base, metrics)
     try:
-        try:
-            found = evaluate(job, metrics, progress, None if lacking else base)
-        except CorruptChunk:
-            if base is None or base is job or lacking or not (lacking := _lacking(base, metrics)):
-                raise
-            for metric in metrics:  # it was an image of the base that turned out to be damaged
-                metric.reset()
-            found = evaluate(job, metrics, progress)
+        found, lacking = _evaluated(job, metrics, progress, base)
         estimates = {name: one for _, numbers in found for name, one in numbers.items()}
         measured = {name: _measured(one) for name, one in estimates.items()}
         expense = _cost(spent(job), cost)
@@ -136,6 +128,24 @@ def score(
     said = "; ".join(filter(None, notes)) or None
     scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": said})
     return Scored(scored, estimates, _directions(found))
+
+
+def _evaluated(
+    job: Job, metrics: Sequence[Metric], progress: Progress, base: Job | None
+) -> tuple[list[tuple[Metric, dict[str, Estimate]]], str | None]:
+    """What :func:`evaluate` gives, and why it is without the metrics that compare with ``base``."""
+    if base is None or base is job:
+        return evaluate(job, metrics, progress, base), None
+    if lacking := _lacking(base, metrics):
+        return evaluate(job, metrics, progress), lacking
+    try:
+        return evaluate(job, metrics, progress, base), None
+    except CorruptChunk:
+        if not (lacking := _lacking(base, metrics)):
+            raise
+        for metric in metrics:  # it was an image of the base that turned out to be damaged
+            metric.reset()
+        return evaluate(job, metrics, progress), lacking
 
 
 def _unscored(row: Variant, status: Status, why: str) -> Scored:

@@ -11,17 +11,15 @@ from pydantic import BaseModel
 
 from iec_eval import status
 from iec_eval.assembly import artifact_keys, missing_artifacts
-from iec_eval.clock import Evaluations
 from iec_eval.cost import (
     EvaluationCost,
     Uncounted,
     evaluation_costs,
     expected_evaluations,
-    one_line,
+    if_counted,
 )
-from iec_eval.errors import ConfigError, CorruptFile, IecEvalError
+from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.jobs import Job, by_row
-from iec_eval.planning import Plan
 from iec_eval.plugins import BASES, Registry
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder
@@ -180,11 +178,11 @@ def _row(
     tflops: float,
 ) -> dict[str, Any]:
     job, size = jobs[0], study.execution.chunk_size
-    expected, complaint = _expected(job.plan)
-    macs = bits = None
-    if expected is not None:
-        macs = cost.macs(expected.full, expected.cached)
-        bits = cost.bit_operations(expected.full, expected.cached)
+    expected = if_counted(expected_evaluations, job.plan)
+    full = cached = macs = bits = None
+    if not isinstance(expected, Uncounted):
+        full, cached = expected.full, expected.cached
+        macs, bits = cost.macs(full, cached), cost.bit_operations(full, cached)
     channels, height, width = job.plan.model.image_shape
     count = study.images.count * len(jobs)
     return {
@@ -198,8 +196,8 @@ def _row(
         "simulated": job.plan.simulated,
         "callbacks": [callback.name for callback in job.plan.callbacks],
         "steps": len(job.plan.sampler.timesteps),
-        "evaluations_full": expected.full if expected else None,
-        "evaluations_cached": expected.cached if expected else None,
+        "evaluations_full": full,
+        "evaluations_cached": cached,
         "macs_per_image": macs,
         "bit_operations_per_image": bits,
         "weight_bytes": cost.weight_bytes,
@@ -208,18 +206,8 @@ def _row(
         "missing": sum(len(part) for one in jobs for part in one.missing(size)),
         "disk_bytes": count * channels * height * width,
         "hours": None if macs is None else 2 * macs * count / (tflops * 1e12) / 3600,
-        "not_counted": cost.reason if isinstance(cost, Uncounted) else complaint,
+        "not_counted": next((x.reason for x in (cost, expected) if isinstance(x, Uncounted)), None),
     }
-
-
-def _expected(plan: Plan) -> tuple[Evaluations | None, str | None]:
-    """A row's evaluations, or why they cannot be counted, though it may well run."""
-    try:
-        return expected_evaluations(plan), None
-    except IecEvalError:  # a row that cannot be at all
-        raise
-    except Exception as error:
-        return None, one_line(error)
 
 
 def _row_as_text(row: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ class Job:
 
     def finished(self) -> list[IndexRange]:
         """Ranges whose images are there, or all that is wanted of them."""
-        return sorted({*self.folder.finished(), *self.folder.scored(self.stand_ins())})
+        return self.folder.finished_or_scored(self.stand_ins())
 
     def stand_ins(self) -> list[str]:
         """Networks whose features, all together, stand in for deleted images; none if none do."""

@@ -15,7 +15,7 @@ from typing import Any
 import pluggy
 
 from iec_eval import __version__, hookspecs
-from iec_eval.errors import PluginError, UnknownName
+from iec_eval.errors import PluginError, UnknownName, one_line
 from iec_eval.options import BaseOptions
 from iec_eval.stopping import Terminated
 
@@ -121,7 +121,7 @@ class Registry:
         except (Exception, SystemExit) as error:
             if distribution.distribution == hookspecs.PROJECT:
                 raise
-            distribution.error = _one_line(error)
+            distribution.error = one_line(error)
         for number, plugin in enumerate(plugins):
             if distribution.error is None:
                 self._add(distribution, plugin, found[number])
@@ -198,7 +198,7 @@ def _load(
             raise
         if plugin is not None and manager.is_registered(plugin):
             manager.unregister(plugin)
-        distribution.error = _one_line(error)
+        distribution.error = one_line(error)
 
 
 def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
@@ -209,11 +209,6 @@ def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
 
 def _owner(plugin_name: str) -> str:
     return plugin_name.partition(":")[0]
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500] or 'no message'}"
 
 
 def _registrations(manager: pluggy.PluginManager, plugin: Any) -> Iterable[tuple[str, list[Any]]]:

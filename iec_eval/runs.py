@@ -180,7 +180,11 @@ class VariantFolder:
         """The same, with chunks whose images were deleted after all wanted of them was kept."""
         return sorted({*self.finished(), *finished_ranges(self.dropped, ".json")})
 
-    def scored(self, networks: Sequence[str]) -> list[IndexRange]:
+    def finished_or_scored(self, networks: Sequence[str]) -> list[IndexRange]:
+        """The same, with those whose features of all ``networks`` stand in for deleted images."""
+        return sorted({*self.finished(), *self._scored(networks)})
+
+    def _scored(self, networks: Sequence[str]) -> list[IndexRange]:
         """Ranges whose images were deleted and whose features of all ``networks`` are there."""
         found = finished_ranges(self.dropped, ".json")
         for network in networks:

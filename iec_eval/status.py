@@ -210,7 +210,7 @@ def _finished(folder: VariantFolder, listing: Mapping[str, Any]) -> list[IndexRa
     stand_ins = listing.get("stand_ins")
     if stand_ins is None:  # a file from before it was there: nobody knows what the study reads
         return folder.ever_finished()
-    return sorted({*folder.finished(), *folder.scored(stand_ins)})
+    return folder.finished_or_scored(stand_ins)
 
 
 def _row(

@@ -95,7 +95,7 @@ class Queue:
         self._idle, self._looked = 0, 0.0
 
     def __iter__(self) -> Iterator[Task]:
-        unneeded = 0  # looks in a row that found nobody to wait for
+        unneeded = False  # whether the look before found nobody to wait for
         while not self._stopped():
             pending = self.pending()
             self._tell_left(pending)
@@ -110,9 +110,9 @@ class Queue:
                 if self._stopped():
                     return
             if taken or self._worth_waiting(pending) or self._others_have_what_was_given_up():
-                unneeded = 0
+                unneeded = False
             elif self._given_up and not unneeded:  # between two tasks others hold nothing
-                unneeded = 1
+                unneeded = True
             else:
                 return
             self._idle = 0 if taken else self._idle + 1

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
-from iec_eval.report.markup import markdown_table
+from iec_eval.report.markup import markdown_table, padded
 from iec_eval.report.wording import with_interval
 from iec_eval.results import Comparison, Cost, Measurement, Results, Variant, read_results
 from iec_eval.study import Relation
@@ -175,16 +175,8 @@ def disagreements() -> list[list[str]]:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    columns = [
-        _padded(column, left=column[0] not in NUMBERS) for column in zip(*lines, strict=True)
-    ]
+    columns = [padded(column, left=column[0] not in NUMBERS) for column in zip(*lines, strict=True)]
     return [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
-
-
-def _padded(column: Sequence[str], *, left: bool) -> list[str]:
-    width = max(map(len, column))
-    cells = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
-    return [cells[0], "-" * width if left else "-" * (width - 1) + ":", *cells[1:]]
 
 
 def rewritten(page: str) -> str:

@@ -27,7 +27,7 @@ from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
 from iec_eval.assembly import missing_for_schedule
 from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs, expected_evaluations
-from iec_eval.errors import ConfigError, CorruptFile, StorageError, UnknownName
+from iec_eval.errors import ConfigError, CorruptFile, StorageError, UnknownName, one_line
 from iec_eval.jobs import Job
 from iec_eval.noise import Noise
 from iec_eval.planning import Plan
@@ -140,8 +140,7 @@ def _failing_alone(asked: Analysis, subject: Subject, label: str) -> Iterator[No
     except (StorageError, CorruptFile):  # all share disk and weights
         raise
     except Exception as error:
-        reason = f"{label}: {type(error).__name__}: {' '.join(str(error).split())}"
-        asked.failures.setdefault(subject.plan.fingerprint, reason)
+        asked.failures.setdefault(subject.plan.fingerprint, f"{label}: {one_line(error)}")
         write_text(subject.folder / ERROR_FILE, traceback.format_exc())
 
 
@@ -217,9 +216,8 @@ def _check(asked: Analysis) -> None:
     if asked.wants("spectral"):
         for subject in asked.subjects:
             asked.affine[subject.plan.fingerprint] = affine_steps(subject.plan)
-    for row in asked.rows:
-        cost = _cost(row)
-        if isinstance(cost, Uncounted) and (asked.wants("residuals") or asked.wants("ablation")):
+    for row in asked.rows if asked.wants("residuals") or asked.wants("ablation") else []:
+        if isinstance(cost := _cost(row), Uncounted):
             asked.tell(
                 f"{row.name}: MACs not counted, {cost.reason}; so no recommendation within a "
                 "budget, and no predicted overhead"

@@ -10,13 +10,14 @@ def markdown_table(lines: Sequence[Sequence[str]], *, words: int) -> str:
     """Cells, the first line as head, as aligned Markdown; ``words`` columns hold no numbers."""
     escaped = [[markdown_text(cell) for cell in line] for line in lines]
     columns = [
-        _padded(column, left=place < words)
+        padded(column, left=place < words)
         for place, column in enumerate(zip(*escaped, strict=True))
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
-def _padded(column: Sequence[str], *, left: bool) -> list[str]:
+def padded(column: Sequence[str], *, left: bool) -> list[str]:
+    """The cells of a column, its head first, set to one width, with the rule below the head."""
     width = max(3, *map(len, column))
     rule = "-" * width if left else "-" * (width - 1) + ":"
     cells = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
