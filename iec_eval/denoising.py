@@ -182,6 +182,7 @@ class Step:
         *,
         rows: Tensor | None = None,
         timestep: Literal["same", "next"] | Tensor = "same",
+        level: Literal["same", "next"] = "same",
         full: bool | None = None,
         store: bool = True,
     ) -> Tensor:
@@ -192,15 +193,18 @@ class Step:
             rows: positions in the batch that ``sample`` belongs to; None for the whole batch.
             timestep: this step's timestep, the next one's (not at the last step), or ``[b]``, one
                 for each row, which only the network sees: quantizers and caches stay at the step.
+            level: how noisy ``sample`` is: as before this step, or ``next``, as the step leaves it,
+                which a preview is. Samplers that scale the network's input scale it by this.
             full: run the whole network or the cheap path; None follows the method's schedule.
             store: whether a full evaluation may refresh what a cache holds.
         """
-        at = self.index + (isinstance(timestep, str) and timestep == "next")
-        when = timestep if isinstance(timestep, Tensor) else self._sampler.timesteps[at]
+        told = self.index + (isinstance(timestep, str) and timestep == "next")
+        when = timestep if isinstance(timestep, Tensor) else self._sampler.timesteps[told]
         clock = self._denoiser.clock
         clock.step, clock.evaluation = self.index, self._evaluations
         clock.full, clock.store = self.full if full is None else full, store
         self._evaluations += 1
+        at = self.index + (level == "next")
         shown = self._sampler.network_input(self._state, at, sample)
         return self._denoiser(shown, when, rows=rows)
 

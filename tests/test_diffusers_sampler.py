@@ -141,8 +141,8 @@ def test_it_keeps_the_contract(name: str, config: Any, kind: str) -> None:
     check_sampler(DiffusersSampler, options, tolerance=2e-4)
 
 
-def test_what_is_seen_at_the_next_step_is_scaled_for_it() -> None:
-    """As the heun preset of IEC looks at the network there."""
+def test_what_is_as_noisy_as_another_step_is_scaled_for_it() -> None:
+    """As an estimate is that IEC looks at; after the last step there is no noise."""
     ours, scheduler = (
         sampler("EulerDiscreteScheduler", {}),
         theirs("EulerDiscreteScheduler", {}, "epsilon"),
@@ -155,6 +155,24 @@ def test_what_is_seen_at_the_next_step_is_scaled_for_it() -> None:
     state = ours.step(state, 0, sample, Noise(0, [0], (3, 8, 8)).draw(0))
     shown = ours.network_input(state, 2, sample)
     torch.testing.assert_close(shown, sample / (scheduler.sigmas[2] ** 2 + 1) ** 0.5)
+    assert torch.equal(ours.network_input(state, len(ours.timesteps), sample), sample)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official_ldm", "heun"])
+def test_correction_on_euler_is_that_on_ddim(preset: str) -> None:
+    """Euler's method is DDIM on samples divided by sqrt(abar), and the network sees DDIM's."""
+    config = {"timestep_spacing": "leading"}
+    noise, callbacks = Noise(3, range(2), (3, 8, 8)), [build(IEC, {"preset": preset})]
+    euler, ddim, plain = (
+        run(ConvNet(), sampler(name, config, steps=6), noise, used)
+        for name, used in [
+            ("EulerDiscreteScheduler", callbacks),
+            ("DDIMScheduler", callbacks),
+            ("DDIMScheduler", []),
+        ]
+    )
+    torch.testing.assert_close(euler, ddim, atol=1e-4, rtol=1e-4)
+    assert (ddim - plain).abs().max() > 0.05
 
 
 @every

@@ -126,7 +126,7 @@ def best_lambda(before: Tensor, at_one: Tensor) -> float:
 
 def _target(step: Step, sample: Tensor) -> Tensor:
     """A x_t + B eps(x, t): the sample the sampler takes with the prediction at ``sample``."""
-    return step.preview(step.predict(sample, store=False))
+    return step.preview(step.predict(sample, level="next", store=False))
 
 
 def _after(step: Step, start: Tensor, before: Tensor, relaxation: float) -> list[float]:

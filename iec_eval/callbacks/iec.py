@@ -212,14 +212,17 @@ class IEC(DenoisingCallback):
 
     def _evaluate(self, step: Step, prediction: Tensor, estimate: Tensor, active: Tensor) -> Tensor:
         """eps(x^(k), t) for the images still active; the others keep their prediction."""
-        options = self.options
-        if active.all():
-            return step.predict(estimate, timestep=options.timestep, store=options.refresh_cache)
-        rows = active.nonzero().flatten()
-        some = step.predict(
-            estimate[rows], rows=rows, timestep=options.timestep, store=options.refresh_cache
+        rows = None if active.all() else active.nonzero().flatten()
+        fresh = step.predict(
+            estimate if rows is None else estimate[rows],
+            rows=rows,
+            timestep=self.options.timestep,
+            level="next",
+            store=self.options.refresh_cache,
         )
-        merged: Tensor = prediction.index_copy(0, rows, some)
+        if rows is None:
+            return fresh
+        merged: Tensor = prediction.index_copy(0, rows, fresh)
         return merged
 
     def _residual(self, target: Tensor, estimate: Tensor, weight: float) -> Tensor:

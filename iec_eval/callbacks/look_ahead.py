@@ -55,7 +55,7 @@ class LookAhead(DenoisingCallback):
         if step.index == 0 or not step.full or not step.caches:
             return None
         cheap = step.predict(step.sample, full=False)
-        ahead = step.predict(step.preview(cheap), full=True)
+        ahead = step.predict(step.preview(cheap), level="next", full=True)
         return cheap.lerp(ahead, self.options.weight) if self.options.weight else cheap
 
     def refine(self, step: Step, prediction: Tensor) -> Tensor:

@@ -69,7 +69,10 @@ class Sampler(ABC):
         return State(noise)
 
     def network_input(self, state: State, index: int, sample: Tensor) -> Tensor:
-        """``sample`` as the network wants to see it at step ``index``."""
+        """``sample``, as noisy as before step ``index``, as the network wants to see it.
+
+        ``index`` may be the number of steps: ``sample`` is as free of noise as the finished one.
+        """
         return sample
 
     def evaluate(self, state: State, step: Step) -> tuple[State, Tensor]:

@@ -107,6 +107,7 @@ class DiffusersSampler(Sampler):
     """
 
     name = "diffusers"
+    version = 2  # 1 showed a correction's estimate to the network scaled like the step's own sample
     Options = DiffusersOptions
 
     def __init__(self, options: DiffusersOptions, schedule: NoiseSchedule) -> None:
@@ -131,7 +132,9 @@ class DiffusersSampler(Sampler):
             position = Position(self._scheduler, 0)
         scheduler = _copy(position.scheduler)
         _walk(scheduler, range(position.index, index), torch.zeros_like(state.sample))
-        scaled: Tensor = scheduler.scale_model_input(sample, scheduler.timesteps[index])
+        # it counts its steps, and knows by this timestep only where none has been taken
+        timestep = scheduler.timesteps[min(index, len(self.timesteps) - 1)]
+        scaled: Tensor = scheduler.scale_model_input(sample, timestep)
         return scaled
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:

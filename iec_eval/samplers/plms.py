@@ -59,6 +59,7 @@ class PLMS(Sampler):
         second = step.predict(
             self._move(state.sample, 0, first),
             timestep="same" if step.last else "next",
+            level="next",
             full=False if step.caches else None,
             store=False,
         )

@@ -127,6 +127,13 @@ def _check_step(run: Run, index: int, done: _Done) -> None:
     ensure(same(again, done.after), f"step {index} called again gives another result")
     shown = [run.sampler.network_input(done.state, index, done.state.sample) for _ in range(2)]
     ensure(same(shown[0], shown[1]), f"network_input {index} differs when called again")
+    after = done.after.sample
+    ahead = run.sampler.network_input(done.state, index + 1, after)
+    ensure(
+        ahead.shape == after.shape and bool(ahead.isfinite().all()),
+        f"network_input {index + 1} from the state before step {index} is not finite or has "
+        "another shape; corrections look there, after the last step too",
+    )
     now = (done.state, done.prediction)
     ensure(same(now, given), f"step {index} changed the state or prediction it was given")
 

@@ -98,6 +98,7 @@ class _NeedlessEvaluations(DenoisingCallback):
         step.predict(2 * step.sample[rows], rows=rows, store=False)
         step.predict(0.5 * step.sample, full=True, store=False)
         step.predict(0.5 * step.sample, full=False, store=False)
+        step.predict(step.preview(step.sample), level="next", store=False)
         if not step.last:
             step.predict(step.sample, timestep="next", store=False)
         return prediction
