@@ -204,9 +204,12 @@ class Step:
         clock.step, clock.evaluation = self.index, self._evaluations
         clock.full, clock.store = self.full if full is None else full, store
         self._evaluations += 1
+        return self._denoiser(self.shown(sample, level=level), when, rows=rows)
+
+    def shown(self, sample: Tensor, *, level: Literal["same", "next"] = "same") -> Tensor:
+        """``sample`` as the network sees it: scaled for its noise ``level``, with some samplers."""
         at = self.index + (level == "next")
-        shown = self._sampler.network_input(self._state, at, sample)
-        return self._denoiser(shown, when, rows=rows)
+        return self._sampler.network_input(self._state, at, sample)
 
     def preview(self, prediction: Tensor) -> Tensor:
         """The sample the sampler would take with ``prediction``; commits nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
 from iec_eval.analysis import plots
-from iec_eval.analysis.affine import affine_steps
+from iec_eval.analysis.affine import AffineStep, affine_steps
+from iec_eval.analysis.bench import Subject, _Recorder
 from iec_eval.analysis.growth import fit_growth
 from iec_eval.analysis.jacobian import Jacobian
 from iec_eval.analysis.lanczos import largest_singular_values
@@ -43,7 +45,8 @@ from iec_eval.analysis.residuals import (
     residuals_at,
     share_below,
 )
-from iec_eval.analysis.spectral import Operator, norms_at, operators
+from iec_eval.analysis.spectral import Operator, measurable, norms_at, operators
+from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.iec import IEC
 from iec_eval.clock import Clock
 from iec_eval.denoising import Condition, Denoiser, Step, denoise
@@ -51,7 +54,9 @@ from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.quantizer import fake_quantize
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
 from iec_eval.noise import Noise
+from iec_eval.options import BaseOptions
 from iec_eval.planning import Plan
+from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.samplers.ddim import ddim_coefficients
 from iec_eval.samplers.diffusers import DiffusersSampler
@@ -294,10 +299,55 @@ def plan_with(sampler: Sampler) -> Plan:
     return Plan(row, TinyModel(), {}, {}, sampler, [], [], "fingerprint")
 
 
-def diffusers(scheduler: str) -> DiffusersSampler:
-    options = {"scheduler": scheduler, "steps": 6}
+def diffusers(scheduler: str, **more: Any) -> DiffusersSampler:
+    options = {"scheduler": scheduler, "steps": 6, **more}
     sampler: DiffusersSampler = build(DiffusersSampler, options, SCHEDULE)
     return sampler
+
+
+class _NormsEverywhere(DenoisingCallback):
+    """Spectral norms at every step, one operator after the other."""
+
+    name = "norms-everywhere"
+
+    def __init__(self, affine: Sequence[AffineStep]) -> None:
+        super().__init__(BaseOptions())
+        self._affine = affine
+        self.found: list[float] = []
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        chosen = operators(self._affine[step.index], LAMBDAS)
+        norms = norms_at(step, chosen, iterations=100, at_once=64)["norms"]
+        self.found += [one["value"] for operator in chosen for one in norms[operator.name]]
+        return prediction
+
+
+def test_what_is_measured_does_not_depend_on_the_units_of_the_sample() -> None:
+    """Euler keeps x / sqrt(abar): its steps are DDIM's, and so are A, B, norms and distances."""
+    same, noise = {"config": {"timestep_spacing": "leading"}}, Noise(3, range(2), SHAPE)
+    network = ConvNet(strength=2.0)
+    found = {}
+    for name in ("EulerDiscreteScheduler", "DDIMScheduler"):
+        affine = affine_steps(plan_with(diffusers(name, **same)))
+        norms, states = _NormsEverywhere(affine), _Recorder(Progress("steps", visible=False))
+        sampler = diffusers(name, **same)
+        denoiser = Denoiser(network, Condition(), Clock(len(sampler.timesteps)))
+        with torch.no_grad():
+            denoise(sampler, denoiser, noise, [norms, states])
+        coefficients = torch.tensor([(step.a, step.b) for step in affine])
+        found[name] = (coefficients, torch.tensor(norms.found), torch.stack(states.states))
+        assert len(states.states) == len(affine) + 1
+    euler, ddim = found.values()
+    for one, other in zip(euler, ddim, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_pairs_of_steps_have_no_norms_of_their_own() -> None:
+    """Their sample is in the solver's memory: A would be 0 at every second one."""
+    for name, count in (("HeunDiscreteScheduler", 0), ("EulerDiscreteScheduler", 6)):
+        plan = plan_with(diffusers(name))
+        subject, affine = Subject("a row", Path(), plan, frozenset()), affine_steps(plan)
+        assert len(measurable(subject, affine, range(len(affine)))) == count
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])

@@ -259,6 +259,40 @@ def test_what_other_callbacks_do_is_kept_and_is_no_correction(
     assert {part["name"] for part in advised[1:]} == {"iec"}
 
 
+def test_nothing_is_recommended_that_a_launch_refuses(
+    write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    heun = {"name": "diffusers", "scheduler": "HeunDiscreteScheduler", "steps": 3}
+    clipped = {"name": "ddim", "steps": 5, "clip_sample": True}
+    allowed = {"name": "iec", "allow_clipping": True, "refresh_cache": False}
+    rows = [
+        {"name": "pairs", "sampler": heun},
+        {"name": "clipped", "sampler": clipped},
+        {"name": "allowed", "sampler": clipped, "callbacks": [allowed]},
+    ]
+    study = write_study(tmp_path, variants=rows)
+    asked = ["analyze", study, "-o", tmp_path, "--images", "2", "--budget", "1"]
+    result = cli(*asked, "--what", "residuals")
+    assert result.exit_code == 0, result.output
+    analysis = tmp_path / "analysis"
+    for row, reason in (("pairs", "two evaluations"), ("clipped", "clips")):
+        found = content(analysis, row, "residuals")
+        assert reason in found["refused"]
+        assert found["steps"] == []
+        assert not (folder_of(analysis, row) / "recommendation.yaml").exists()
+    assert result.stdout.count("no residuals, and no recommendation: iec: ") == 2
+    assert content(analysis, "allowed", "residuals")["refused"] is None
+    for part in content(analysis, "allowed", "recommendation")["callbacks"]:
+        assert part == {**part, **allowed}
+    told = (folder_of(analysis, "allowed") / "recommendation.yaml").read_text()
+    advised = json.dumps(yaml.safe_load(told)["callbacks"])
+    plan_study(load(str(study), [f"variants.2.callbacks={advised}"]), load_registry())
+    result = cli(*asked, "--what", "spectral", "--rows", "pairs", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "no step to measure" in result.stdout
+    assert "left out: a step of its method takes two evaluations" in result.stdout
+
+
 def test_a_second_run_computes_nothing(
     analyzed: tuple[Path, Result], study: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,19 +15,23 @@ import torch
 from click.testing import Result
 from conftest import installed_plugin
 from diffusers import UNet2DModel
-from helpers import build, ddim, packaged
-from torch import Tensor
+from helpers import SCHEDULE, build, ddim, packaged, run
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iec_eval.calibration import Bench
-from iec_eval.clock import Clock
-from iec_eval.cost import EvaluationCost, evaluation_cost
+from iec_eval.callbacks.iec import IEC
+from iec_eval.clock import Clock, Evaluations
+from iec_eval.cost import EvaluationCost, evaluation_cost, expected_evaluations
 from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
+from iec_eval.noise import Noise
+from iec_eval.planning import Plan
 from iec_eval.plugins import load_registry
 from iec_eval.results import read_results
-from iec_eval.study import load
+from iec_eval.study import CalibrationSpec, Experiment, ImagesSpec, load
 from iec_eval.study_plans import plan_study
+from iec_eval.testing.tiny import TinyModel
 
 REPETITIONS = 9
 
@@ -230,3 +234,91 @@ def iec_eval_callbacks():
     assert shown.exit_code == 0, shown.output
     assert "late: 5 steps, evaluations not known, - an image" in shown.stdout
     assert "MACs not counted, ValueError: not before it is told what to do" in shown.stdout
+
+
+ENGINES = """
+from iec_eval.api import DenoisingCallback, EfficiencyMethod, hookimpl
+
+class Engine(EfficiencyMethod):
+    name = "engine"
+
+    def apply(self, network, clock, artifact):
+        return open("/nowhere.engine")
+
+class Reads(DenoisingCallback):
+    name = "reads"
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.table = open("/nowhere.table")
+
+    def refine(self, step, prediction):
+        return prediction
+
+@hookimpl
+def iec_eval_efficiency_methods():
+    return [Engine]
+
+@hookimpl
+def iec_eval_callbacks():
+    return [Reads]
+"""
+
+
+def test_a_method_that_cannot_be_applied_fails_alone(
+    cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    variants = [{"name": "plain"}, {"name": "deployed", "efficiency": [{"name": "engine"}]}]
+    with installed_plugin(tmp_path / "site", "engines", ENGINES):
+        study = write_study(tmp_path, variants=variants)
+        shown = cli("show", study)
+        launched = cli("launch", study, "-o", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    assert "MACs not counted, FileNotFoundError: " in shown.stdout
+    assert launched.exit_code == 1, launched.output
+    found = {row.name: row for row in read_results(tmp_path / "out" / "results.json").variants}
+    assert found["plain"].status == "done"
+    assert found["deployed"].status == "failed"
+    assert "/nowhere.engine" in (found["deployed"].error or "")
+
+
+def test_a_part_that_cannot_be_made_is_wrong_configuration(
+    cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    with installed_plugin(tmp_path / "site", "engines", ENGINES):
+        study = write_study(tmp_path, variants=[{"name": "a", "callbacks": [{"name": "reads"}]}])
+        shown = cli("show", study)
+    assert shown.exit_code == 2, shown.output
+    assert "reads: FileNotFoundError: " in shown.stderr
+    assert "/nowhere.table" in shown.stderr
+
+
+class _GaussianNoise(nn.Module):
+    """The exact noise prediction for data of standard deviation 1/20."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        abar = torch.tensor([SCHEDULE.abar(t) for t in timestep.tolist()]).to(sample)[:, None, None]
+        share = (1 - abar).sqrt() / (abar / 400 + 1 - abar)
+        return share[..., None] * sample
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+def test_no_fewer_corrections_are_expected_than_a_network_makes(tolerance: float) -> None:
+    """Near the image a network changes faster than a smooth stand-in would."""
+    options = {"weights": [0.5, 0.5], "tolerance": tolerance, "tolerance_mode": "relative"}
+    sampler, iec = ddim(steps=250, spacing="ldm"), build(IEC, options)
+    row = Experiment(
+        name="a row", control=False, model={}, sampler={}, efficiency=[], callbacks=[],
+        images=ImagesSpec(), calibration=CalibrationSpec(),
+    )  # fmt: skip
+    plan = Plan(row, TinyModel(), {}, {}, sampler, [], [iec], "fingerprint")
+    clock = Clock(len(sampler.timesteps))
+    run(_GaussianNoise(), sampler, Noise(0, range(2), TinyModel().shape), [iec], clock=clock)
+    spent = clock.evaluations.full / 2
+    assert 500 < spent <= expected_evaluations(plan).full <= 750
+    if tolerance == 1e-3:
+        assert spent < 600  # many stop
+    else:
+        assert expected_evaluations(plan) == Evaluations(750, 0)

@@ -1,8 +1,14 @@
-"""A and B of a sampler's step, ``x' = A x + B e``, found by trying the step itself."""
+"""A and B of a sampler's step, ``x' = A x + B e``, found by trying the step itself.
+
+x is the sample as the network is shown it. Most samplers show it their own; those that scale it
+(Euler's method as diffusers writes it keeps x / sqrt(abar)) are so described in the coordinates of
+the others, and Euler's A and B are DDIM's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +28,14 @@ TOLERANCE = 1e-4  # of what a step makes of a displacement; some samplers comput
 class AffineStep:
     """``x' = a x + b e``, up to what does not depend on sample x and prediction e.
 
-    ``evaluations`` is how many of them the sampler takes for its prediction.
+    ``evaluations`` is how many of them the sampler takes for its prediction, ``scale`` what it
+    multiplies its sample by before the step to show it to the network.
     """
 
     a: float
     b: float
     evaluations: int
+    scale: float = 1.0
 
 
 def affine_steps(plan: Plan) -> list[AffineStep]:
@@ -36,8 +44,8 @@ def affine_steps(plan: Plan) -> list[AffineStep]:
     A trajectory is run with a stand-in for the network. At each step sample and prediction are
     displaced, one by one and together, a little and far, with the solver's memory held.
 
-    Raises Incompatible for a sampler that clips, or whose step turns out not to be affine with
-    the same A and B for every pixel.
+    Raises Incompatible for a sampler that clips, whose step turns out not to be affine with the
+    same A and B for every pixel, or that shows the network something else than its sample scaled.
     """
     name, sampler = plan.experiment.name, plan.sampler
     if sampler.clips:
@@ -73,7 +81,9 @@ class _Probe(DenoisingCallback):
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
         count = self._clock.evaluations.full + self._clock.evaluations.cached
         a, b = self._coefficients(step, prediction.double())
-        self.found.append(AffineStep(a, b, (count - self._counted) // len(prediction)))
+        now, then = self._scale(step, "same"), self._scale(step, "next")
+        evaluations = (count - self._counted) // len(prediction)
+        self.found.append(AffineStep(a * then / now, b * then, evaluations, now))
         self._counted = count
         return prediction
 
@@ -94,6 +104,20 @@ class _Probe(DenoisingCallback):
             if float(error.norm()) > TOLERANCE * float(size):
                 raise self._refusal(step, float(error.norm() / size))
         return a, b
+
+    def _scale(self, step: Step, level: Literal["same", "next"]) -> float:
+        """What the network is shown of a sample, as a multiple of it."""
+        sample = step.sample.double()
+        shown = step.shown(sample, level=level)
+        scale = _share(shown, sample)
+        error = float((shown - scale * sample).norm() / sample.norm())
+        if error > TOLERANCE or scale <= 0:
+            raise Incompatible(
+                f"{self._row}: at step {step.index} the sampler shows the network something else "
+                "than a multiple of its sample, so A and B cannot be said in what the network "
+                "sees; analyze rows of another sampler"
+            )
+        return scale
 
     def _refusal(self, step: Step, share: float) -> Incompatible:
         return Incompatible(

@@ -14,6 +14,7 @@ from iec_eval.assembly import Assembly, calibrate, full_steps
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.callbacks.iec import corrected_steps
 from iec_eval.denoising import Denoiser, Step, denoise
+from iec_eval.errors import Incompatible
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
 from iec_eval.planning import Plan, plan_like
@@ -69,6 +70,15 @@ def corrected(plan: Plan, registry: Registry) -> Plan:
     if correctors(plan):
         return plan
     return plan_like(plan, registry, callbacks=[*plan.experiment.callbacks, PAPER])
+
+
+def why_uncorrectable(plan: Plan, registry: Registry) -> str | None:
+    """Why the row can have no correction, its own or the paper's; None if it can."""
+    try:
+        corrected(plan, registry)
+    except Incompatible as error:
+        return str(error).removeprefix(f"{plan.experiment.name}: ")
+    return None
 
 
 def full_precision_twin(plan: Plan, registry: Registry) -> Plan:
@@ -168,14 +178,14 @@ class Bench:
             return denoise(plan.sampler, denoiser, noise, callbacks)
 
     def trajectory(self, plan: Plan, images: int) -> Tensor:
-        """All states ``[T + 1, B, C, H, W]`` on the CPU, x_T first."""
+        """All states ``[T + 1, B, C, H, W]`` on the CPU as the network is shown them, x_T first."""
         recorder = _Recorder(self.progress)
-        final = self.run(plan, images, [recorder])
-        return torch.stack([*recorder.states, final.cpu()])
+        self.run(plan, images, [recorder])
+        return torch.stack(recorder.states)
 
 
 class _Recorder(DenoisingCallback):
-    """Keeps the state before every step."""
+    """Keeps the state before every step, and the one after the last; it stands at the end."""
 
     name = "trajectory-recorder"
 
@@ -185,6 +195,8 @@ class _Recorder(DenoisingCallback):
         self.states: list[Tensor] = []
 
     def refine(self, step: Step, prediction: Tensor) -> Tensor:
-        self.states.append(step.sample.cpu().clone())
+        self.states.append(step.shown(step.sample).cpu().clone())
+        if step.last:
+            self.states.append(step.shown(step.preview(prediction), level="next").cpu())
         self._progress.advance(1)
         return prediction

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from iec_eval.analysis.bench import Subject, other_callbacks, uncorrected
+from iec_eval.analysis.bench import Subject, correctors, other_callbacks, uncorrected
 from iec_eval.cost import EvaluationCost, expected_evaluations
 from iec_eval.plugins import Registry
 
@@ -14,6 +14,7 @@ CRITERION = (
     "residual that one correction with the step's lambda removes, as a share of the sample's norm, "
     "mean over images, per multiply-accumulate of the step's evaluation"
 )
+KEPT = ("allow_clipping", "refresh_cache")
 DIGITS = 1  # of a recommended lambda: the minimum is flat, and steps with one lambda share a line
 
 
@@ -53,7 +54,7 @@ def recommend(
         "ranking": [step["step"] for step in ranked],
         "chosen": sorted(step["step"] for step in chosen),
         "steps": steps,
-        "callbacks": [*other_callbacks(subject.plan), *callbacks_for(chosen)],
+        "callbacks": [*other_callbacks(subject.plan), *callbacks_for(chosen, _kept(subject))],
     }
 
 
@@ -74,12 +75,25 @@ def _step(piece: Mapping[str, Any], cost: EvaluationCost) -> dict[str, Any]:
     }
 
 
-def callbacks_for(chosen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The study's ``callbacks``: one IEC for each lambda, at its steps."""
+def _kept(subject: Subject) -> dict[str, Any]:
+    """What the row's own IEC says of the run it is in, which a recommended one has to say too."""
+    parts = [subject.plan.experiment.callbacks[i] for i, _ in correctors(subject.plan)]
+    return {key: part[key] for part in parts for key in KEPT if key in part}
+
+
+def callbacks_for(
+    chosen: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The study's ``callbacks``: one IEC for each lambda, at its steps, each with what is kept."""
     ordered = sorted(chosen, key=lambda step: (step["lambda"], step["step"]))
     groups = groupby(ordered, key=lambda step: step["lambda"])
     return [
-        {"name": "iec", "weights": [value], "where": [step["step"] for step in steps]}
+        {
+            "name": "iec",
+            "weights": [value],
+            "where": [step["step"] for step in steps],
+            **(kept or {}),
+        }
         for value, steps in groups
     ]
 

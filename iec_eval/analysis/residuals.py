@@ -164,14 +164,21 @@ def pieces_of(subject: Subject, question: Question) -> Pieces:
 
 
 def summary(
-    subject: Subject, found: Sequence[dict[str, Any]], question: Question
+    subject: Subject,
+    found: Sequence[dict[str, Any]],
+    question: Question,
+    refused: str | None = None,
 ) -> dict[str, Any]:
-    """The part's result: every step, and the shares of (image, step) that contract."""
+    """The part's result: every step, and the shares of (image, step) that contract.
+
+    ``refused`` is why there are none: the row can have no correction.
+    """
     own = [piece for piece in found if piece["after_own"] is not None]
     return {
         "row": subject.name,
         "fingerprint": subject.plan.fingerprint,
         "images": question.images,
+        "refused": refused,
         "contracts_own": share_below(own, "after_own"),
         "contracts_half": share_below(found, "after_half"),
         "contracts_lambda": share_below(found, "after_lambda"),

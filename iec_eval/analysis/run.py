@@ -22,7 +22,13 @@ import torch
 from iec_eval import ranks
 from iec_eval.analysis import ablation, growth, recommendation, residuals, spectral, writing
 from iec_eval.analysis.affine import AffineStep, affine_steps
-from iec_eval.analysis.bench import Bench, Subject, correctors, full_precision_twin
+from iec_eval.analysis.bench import (
+    Bench,
+    Subject,
+    correctors,
+    full_precision_twin,
+    why_uncorrectable,
+)
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
 from iec_eval.assembly import missing_for_schedule
@@ -246,7 +252,7 @@ def _missing(asked: Analysis) -> list[Work]:
 def _spectral_work(asked: Analysis, subject: Subject) -> Work | None:
     question, affine = asked.question, asked.affine[subject.plan.fingerprint]
     pieces = spectral.pieces_of(subject, question)
-    wanted = spectral.measurable(affine, question.spectral_steps(subject.total))
+    wanted = spectral.measurable(subject, affine, question.spectral_steps(subject.total))
     lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
     if not lacking:
         return None
@@ -295,6 +301,8 @@ def _trajectory_work(row: Subject, label: str, plan: Plan, question: Question) -
 
 def _residual_work(asked: Analysis, row: Subject) -> Work | None:
     question = asked.question
+    if why_uncorrectable(row.plan, asked.registry) is not None:
+        return None
     pieces = residuals.pieces_of(row, question)
     wanted = question.residual_steps(row.total)
     lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
@@ -382,11 +390,12 @@ def _row_results(asked: Analysis, row: Subject, bench: Bench) -> dict[str, Any]:
     if asked.wants("growth"):
         found["growth"] = growth.measure(row, asked.question, bench, asked.registry)
     if asked.wants("residuals"):
-        steps = asked.question.residual_steps(row.total)
+        refused = why_uncorrectable(row.plan, asked.registry)
+        steps = [] if refused else asked.question.residual_steps(row.total)
         pieces = _finished(residuals.pieces_of(row, asked.question), steps)
-        found["residuals"] = residuals.summary(row, pieces, asked.question)
+        found["residuals"] = residuals.summary(row, pieces, asked.question, refused)
         cost = _cost(row)
-        if isinstance(cost, EvaluationCost):
+        if isinstance(cost, EvaluationCost) and not refused:
             plain = recommendation.uncorrected_macs(row, cost, asked.registry)
             advice = recommendation.recommend(row, pieces, cost, asked.question.budget, plain)
             found["recommendation"] = {**advice, "scored": ablation.judgements(scored)}
@@ -416,10 +425,11 @@ def _ablation_results(asked: Analysis) -> Path:
 def _spectral_result(asked: Analysis, subject: Subject) -> dict[str, Any]:
     affine = asked.affine[subject.plan.fingerprint]
     wanted = asked.question.spectral_steps(subject.total)
-    steps = spectral.measurable(affine, wanted)
+    steps = spectral.measurable(subject, affine, wanted)
     pieces = _finished(spectral.pieces_of(subject, asked.question), steps)
     found = spectral.summary(subject, pieces, asked.question)
-    return {**found, "left_out": sorted(set(wanted) - set(steps))}
+    reason = subject.plan.sampler.uncorrectable or "their prediction takes two evaluations"
+    return {**found, "left_out": sorted(set(wanted) - set(steps)), "left_out_because": reason}
 
 
 def _finished(pieces: Pieces, steps: Sequence[int]) -> list[dict[str, Any]]:

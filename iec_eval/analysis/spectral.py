@@ -1,9 +1,9 @@
 """How a step stretches errors: norms of A I + B J and of grad G = (1 - lambda) I + lambda B J.
 
-J is the Jacobian of the step's prediction with respect to the sample, at the sample that the
-step starts from. A step maps a small error delta to (A I + B J) delta, so its norm bounds what a
-step can make of an error (figure 1 of the IEC paper); the corrector's iteration contracts every
-error if the norm of grad G is below 1.
+J is the Jacobian of the step's prediction with respect to the sample, as the network is shown it,
+at the one that the step starts from. A step maps a small error delta to (A I + B J) delta, so its
+norm bounds what a step can make of an error (figure 1 of the IEC paper); the corrector's iteration
+contracts every error if the norm of grad G is below 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ ROUNDING = 10.0  # units in the last place that a product of a network is wrong 
 
 @dataclass(frozen=True)
 class Operator:
-    """``identity I + jacobian J``, one for each step, with the name it has in the results."""
+    """``identity I + jacobian J``, one for each step, with the name it has in the results.
+
+    Here J is with respect to the sampler's own sample, the network's J times the step's scale.
+    """
 
     name: str
     identity: float
@@ -39,8 +42,9 @@ class Operator:
 
 def operators(affine: AffineStep, lambdas: Sequence[float]) -> list[Operator]:
     """A I + B J, J itself, and grad G for each lambda."""
-    relaxed = [Operator(f"{value:g}", 1 - value, value * affine.b) for value in lambdas]
-    return [Operator("step", affine.a, affine.b), Operator("jacobian", 0.0, 1.0), *relaxed]
+    own, b = 1 / affine.scale, affine.b / affine.scale
+    relaxed = [Operator(f"{value:g}", 1 - value, value * b) for value in lambdas]
+    return [Operator("step", affine.a, b), Operator("jacobian", 0.0, own), *relaxed]
 
 
 def norms_at(
@@ -160,8 +164,13 @@ def pieces_of(subject: Subject, question: Question) -> Pieces:
     return Pieces(subject.folder, "spectral", key)
 
 
-def measurable(affine: Sequence[AffineStep], steps: Sequence[int]) -> list[int]:
-    """Steps whose prediction is one evaluation; of others J is not the network's Jacobian."""
+def measurable(subject: Subject, affine: Sequence[AffineStep], steps: Sequence[int]) -> list[int]:
+    """Steps whose prediction is one evaluation, of which J is the network's Jacobian.
+
+    None of a sampler whose steps go in pairs: there an error passes through the solver's memory.
+    """
+    if subject.plan.sampler.uncorrectable:
+        return []
     return [step for step in steps if affine[step].evaluations == 1]
 
 

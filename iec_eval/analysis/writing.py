@@ -69,7 +69,7 @@ def _spectral_table(found: Found) -> Cells:
 def _spectral_text(found: Found) -> list[str]:
     steps = found["steps"]
     if not steps:
-        return ["spectral norms: no step to measure"]
+        return ["spectral norms: no step to measure", *_left_out(found)]
     above = sum(step["images_above_one"] for step in steps)
     pairs = len(steps) * found["images"]
     largest = max(steps, key=lambda step: step["norm_step_max"])
@@ -94,9 +94,12 @@ def _spectral_text(found: Found) -> list[str]:
             f"DERIVATIVES DISAGREE: <Jv, u> and <v, J'u> differ by "
             f"{found['largest_adjoint_error']:.1e}: some layer's are not what they say"
         )
-    if found.get("left_out"):
-        lines.append(f"steps {found['left_out']} left out: their prediction takes two evaluations")
-    return lines
+    return [*lines, *_left_out(found)]
+
+
+def _left_out(found: Found) -> list[str]:
+    steps = found["left_out"]
+    return [f"steps {steps} left out: {found['left_out_because']}"] if steps else []
 
 
 def _growth_table(found: Found) -> Cells:
@@ -139,6 +142,8 @@ def _residual_table(found: Found) -> Cells:
 
 
 def _residual_text(found: Found) -> list[str]:
+    if found["refused"]:
+        return [f"no residuals, and no recommendation: {found['refused']}"]
     tried = [
         ("the row's own correction", found["contracts_own"]),
         ("lambda 0.5", found["contracts_half"]),

@@ -16,6 +16,7 @@ from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
 
 Spacing = Literal["uniform", "quad", "ldm"]
+LEFT_OUT = 0.2  # share of the timesteps, the noisiest, that quad never visits
 
 
 class DDIMOptions(BaseOptions):
@@ -67,20 +68,31 @@ class DDIM(Sampler):
 def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[int, ...]:
     """Timesteps, noisiest first, as the DDIM and latent-diffusion authors' codes space them.
 
-    ``uniform`` is i * (N // T); ``quad`` is floor(linspace(0, sqrt(0.8 N), T)^2), which repeats
+    ``uniform`` is i * (N // T), i < T. Where T does not divide N the authors' code goes on to N and
+    takes more steps than it was asked for (167 for T = 150); here T are taken, and the noisiest
+    N mod T timesteps left out. ``quad`` is floor(linspace(0, sqrt(0.8 N), T)^2), which repeats
     small timesteps when T is large (T = 100 has 96 distinct ones); ``ldm`` is uniform plus one.
 
-    Raises ConfigError for more steps than training timesteps, and with ``ldm`` for a number that
-    does not divide them.
+    Raises ConfigError for more steps than training timesteps; with ``uniform`` for a number that
+    would leave out more than ``quad`` does, a fifth of them; with ``ldm`` for one that does not
+    divide them.
     """
     if steps > train_timesteps:
         raise ConfigError(f"ddim: {steps} steps wanted, the model has {train_timesteps} timesteps")
     if spacing == "ldm":
         return ldm_timesteps(steps, train_timesteps)
     if spacing == "uniform":
-        rising = np.arange(steps, dtype=np.float64) * (train_timesteps // steps)
+        every = train_timesteps // steps
+        if steps * every < (1 - LEFT_OUT) * train_timesteps:
+            raise ConfigError(
+                f"ddim: {steps} uniformly spaced steps, every {every} of the model's "
+                f"{train_timesteps} timesteps, would begin with pure noise at timestep "
+                f"{(steps - 1) * every}, where the model expects an image in it; take "
+                f"{train_timesteps // (every + 1)} or spacing: quad"
+            )
+        rising = np.arange(steps, dtype=np.float64) * every
     else:
-        rising = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
+        rising = np.linspace(0, np.sqrt(train_timesteps * (1 - LEFT_OUT)), steps) ** 2
     return tuple(int(t) for t in reversed(rising))
 
 
