@@ -26,6 +26,7 @@ from iec_eval.noise import Draw, Noise
 from iec_eval.options import NOT_DECISIVE, BaseOptions
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
+from iec_eval.storage import sha256
 
 __all__ = [
     "NOT_DECISIVE",
@@ -61,5 +62,6 @@ __all__ = [
     "UnknownName",
     "denoise",
     "hookimpl",
+    "sha256",
     "to_uint8",
 ]

@@ -22,7 +22,7 @@ from iec_eval.calibration import (
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.efficiency.base import EfficiencyMethod
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, IecEvalError
 from iec_eval.fingerprints import model_identity
 from iec_eval.planning import Plan
 from iec_eval.progress import Progress
@@ -161,6 +161,9 @@ class Calibrator:
 def check_fit(plan: Plan) -> None:
     """Apply the parts to the network without weights.
 
+    A part that fails in another way than by refusing may only mind that there are no weights. Then
+    its work is not counted, and the row fails alone if it fails on the real network too.
+
     Raises ConfigError or Incompatible, naming the row, if they do not fit it.
     """
     try:
@@ -169,6 +172,10 @@ def check_fit(plan: Plan) -> None:
     except ConfigError as error:
         error.args = (f"{plan.experiment.name}: {error}",)
         raise
+    except IecEvalError:
+        raise
+    except Exception:  # anything that a plugin does; ``cost.Uncounted`` tells it
+        return
 
 
 def _apply(

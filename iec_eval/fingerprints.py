@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from iec_eval.errors import ConfigError, one_line
 from iec_eval.options import BaseOptions
 
 
@@ -26,6 +27,8 @@ class Identified(Protocol):
     @property
     def options(self) -> BaseOptions: ...
 
+    def identity(self) -> Mapping[str, str]: ...
+
 
 def digest(content: Any) -> str:
     """Hex sha256 of a JSON value, independent of the order of keys."""
@@ -34,13 +37,24 @@ def digest(content: Any) -> str:
 
 
 def identity(part: Identified) -> dict[str, Any]:
-    """What a part is, as a JSON value: its name, its version and all options that decide."""
-    return {"name": part.name, "version": part.version, "options": part.options.decisive()}
+    """What a part is, as a JSON value: its name, version, options that decide, and files if any.
+
+    Raises ConfigError if one of its files cannot be read.
+    """
+    try:
+        files = dict(part.identity())
+    except OSError as error:
+        raise ConfigError(f"{part.name}: {one_line(error)}") from error
+    return {**_stated(part), **({"files": files} if files else {})}
 
 
 def model_identity(model: Identified, files: Mapping[str, str]) -> dict[str, Any]:
-    """What a model is: its part and the hashes of its files."""
-    return {**identity(model), "files": dict(files)}
+    """What a model is: its part and the hashes of its files, which may be none."""
+    return {**_stated(model), "files": dict(files)}
+
+
+def _stated(part: Identified) -> dict[str, Any]:
+    return {"name": part.name, "version": part.version, "options": part.options.decisive()}
 
 
 def row_fingerprint(

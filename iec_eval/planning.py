@@ -6,7 +6,8 @@ What can be wrong with the parts alone is found here; whether they fit the model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import evaluator_of
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
-from iec_eval.errors import ConfigError, Incompatible
+from iec_eval.errors import ConfigError, IecEvalError, Incompatible, one_line
 from iec_eval.fingerprints import (
     digest,
     fingerprint_over_seeds,
@@ -214,10 +215,22 @@ def network_key(plan: Plan) -> str:
 def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> Any:
     """One part from its name and options.
 
-    Raises UnknownName for an unknown name, ConfigError for wrong options.
+    Raises UnknownName for an unknown name, ConfigError for wrong options or if it cannot be made.
     """
     cls, options = chosen(registry, kind, part, where)
-    return cls(options, *more)
+    with failing_as_configuration(f"{where}: {part['name']}"):
+        return cls(options, *more)
+
+
+@contextmanager
+def failing_as_configuration(where: str) -> Iterator[None]:
+    """Within the block whatever a plugin's part raises is a ConfigError that says where it was."""
+    try:
+        yield
+    except IecEvalError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
 
 
 def chosen(registry: Registry, kind: str, part: Part, where: str) -> tuple[Any, BaseOptions]:
@@ -237,15 +250,18 @@ def _check(plan: Plan) -> None:
     if plan.model.prediction not in plan.sampler.predictions:
         raise Incompatible(
             f"{name}: the model predicts {plan.model.prediction!r}, sampler {plan.sampler.name!r} "
-            f"understands {', '.join(sorted(plan.sampler.predictions))}"
+            f"understands {', '.join(sorted(plan.sampler.predictions))}; take a scheduler with "
+            f"{{name: diffusers, scheduler: ..., prediction: {plan.model.prediction}}}"
         )
     _check_slots(plan)
-    total = len(plan.sampler.timesteps)
+    with failing_as_configuration(f"{name}: sampler {plan.sampler.name}"):
+        total = len(plan.sampler.timesteps)
     try:
         clock = Clock(total, plan.planned_full_steps())
         evaluator_of(plan.callbacks)
         for callback in plan.callbacks:
-            callback.check(plan.sampler, clock)
+            with failing_as_configuration(callback.name):
+                callback.check(plan.sampler, clock)
     except ConfigError as error:
         error.args = (f"{name}: {error}",)
         raise

@@ -117,7 +117,7 @@ class Registry:
         plugins = [plugin for name, plugin in named if _owner(name) == distribution.distribution]
         try:
             if distribution.error is None:
-                found = [dict(_registrations(self.manager, plugin)) for plugin in plugins]
+                found = [list(_registrations(self.manager, plugin)) for plugin in plugins]
         except (Exception, SystemExit) as error:
             if distribution.distribution == hookspecs.PROJECT:
                 raise
@@ -128,10 +128,12 @@ class Registry:
             else:
                 self.manager.unregister(plugin)
 
-    def _add(self, distribution: Distribution, plugin: Any, found: Mapping[str, list[Any]]) -> None:
+    def _add(
+        self, distribution: Distribution, plugin: Any, found: Iterable[tuple[str, list[Any]]]
+    ) -> None:
         callers = self.manager.get_hookcallers(plugin) or []
         distribution.hooks.extend(caller.name for caller in callers)
-        for kind, classes in found.items():
+        for kind, classes in found:
             for cls in classes:
                 distribution.names.setdefault(kind, []).append(cls.name)
                 owners = self._parts[kind].setdefault(cls.name, [])

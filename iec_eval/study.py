@@ -217,7 +217,7 @@ class Study(BaseOptions):
             name=variant.name,
             control=control,
             model=self.model,
-            sampler={**self.sampler, **(variant.sampler or {})},
+            sampler=_sampler_of(self.sampler, variant.sampler or {}),
             efficiency=variant.efficiency or [],
             callbacks=variant.callbacks or [],
             images=self.images,
@@ -378,8 +378,15 @@ def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:
     own = {key: getattr(variant, key) for key in INHERITED}
     merged = {k: getattr(base, k) if v is None else v for k, v in own.items()}
     if variant.sampler and base.sampler:
-        merged["sampler"] = {**base.sampler, **variant.sampler}
+        merged["sampler"] = _sampler_of(base.sampler, variant.sampler)
     return variant.model_copy(update=merged)
+
+
+def _sampler_of(shared: Part, own: Part) -> Part:
+    """The shared sampler with a row's own options; of another sampler only ``steps`` is shared."""
+    if own.get("name", shared.get("name")) != shared.get("name"):
+        shared = {key: value for key, value in shared.items() if key == "steps"}
+    return {**shared, **own}
 
 
 def _refuse_doubles(names: Iterable[str]) -> None:

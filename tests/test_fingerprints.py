@@ -12,7 +12,7 @@ import yaml
 from conftest import Toy
 from pydantic import Field
 
-from iec_eval.api import NOT_DECISIVE, BaseOptions
+from iec_eval.api import NOT_DECISIVE, BaseOptions, ConfigError, sha256
 from iec_eval.assembly import artifact_keys
 from iec_eval.efficiency.reconstruction import RATES
 from iec_eval.fingerprints import digest
@@ -217,6 +217,32 @@ def test_a_newer_version_of_any_part_is_another_row(
             patched.setattr(type(part), "version", 2)
             assert prints(plans())[row] != before[row], part.name
     assert prints(plans()) == before
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_the_content_of_files_that_parts_read_is_in_it(
+    plans: Plans, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is exported again to the same path is another one."""
+    before, (plan,) = known_by(plans()), plans()[row : row + 1]
+    for part in (plan.sampler, *plan.parts(), *plan.callbacks):
+        found = []
+        for content in ("first", "second"):
+            with monkeypatch.context() as patched:
+                patched.setattr(type(part), "identity", lambda self, hash=content: {"net": hash})
+                found.append(known_by(plans()))
+        for fingerprints, artifacts in found:
+            assert fingerprints[row] != before[0][row], part.name
+            if artifacts[row] and part in plan.parts():
+                assert artifacts[row] != before[1][row], part.name
+        assert found[0][0][row] != found[1][0][row]
+    assert known_by(plans()) == before
+
+
+def test_a_file_that_is_not_there_is_named(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DDIM, "identity", lambda self: {"net": sha256(Path("/nowhere.pt"))})
+    with pytest.raises(ConfigError, match=r"ddim: FileNotFoundError: .*/nowhere.pt"):
+        plans()
 
 
 def test_another_default_is_another_row(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,15 @@ def test_a_broken_plugin_is_set_aside_with_its_error(cli: Cli, install: Install,
     assert not any(one.startswith(f"{name}:") for one, _ in after.manager.list_name_plugin())
 
 
+def test_two_functions_may_serve_one_hook(install: Install) -> None:
+    second = (
+        "\nclass Run(Walk):\n    name = 'run'\n"
+        "\n@hookimpl(specname='iec_eval_samplers')\ndef more_samplers():\n    return [Run]\n"
+    )
+    install("both", GOOD + second)
+    assert {"walk", "run"} <= set(load_registry().names("sampler"))
+
+
 def test_half_a_distribution_is_not_loaded(cli: Cli, install: Install) -> None:
     install("half", GOOD, BROKEN["needs-more"][0])
     found = listed(cli)["half"]

@@ -63,6 +63,20 @@ def test_an_extension_may_replace_and_empty_what_it_inherits(tmp_path: Path) -> 
     assert b.efficiency == []
 
 
+def test_another_sampler_shares_the_steps_and_nothing_else(tmp_path: Path) -> None:
+    """``spacing`` or ``eta`` of one sampler is an unknown key of most others."""
+    more = [
+        {"name": "a", "sampler": {"name": "plms"}},
+        {"name": "b", "extends": "cached", "sampler": {"name": "plms", "steps": 7}},
+        {"name": "c", "extends": "b", "sampler": {"name": "plms"}},
+        {"name": "d", "sampler": {"name": "ddim", "eta": 0.1}},
+    ]
+    *_, a, b, c, d = study(tmp_path, variants=CONTENT["variants"] + more).experiments()
+    assert a.sampler == {"name": "plms", "steps": 10}
+    assert b.sampler == c.sampler == {"name": "plms", "steps": 7}
+    assert d.sampler == {"name": "ddim", "steps": 10, "eta": 0.1}
+
+
 def test_every_inheritable_key_is_a_key_of_a_variant() -> None:
     from iec_eval.study import Variant
 

@@ -34,6 +34,14 @@ class DenoisingCallback(Callback):
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
 
+    def identity(self) -> Mapping[str, str]:
+        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
+
+        A file that is not named here is known by the option that holds its path, and its images
+        are taken for the same when its content changes. Asked for often: remember it.
+        """
+        return {}
+
     @property
     def depends_on_batch(self) -> bool:
         """Whether the options make an image depend on its neighbours in the batch."""

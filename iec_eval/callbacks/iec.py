@@ -82,7 +82,10 @@ class IECOptions(BaseOptions):
         Field("paper", description="the settings to start from")
     )
     weights: list[float] = Field(
-        [0.5], description="lambda of each correction; the length is K, [] corrects nothing"
+        [0.5],
+        description="lambda of each correction; the length is K, [] corrects nothing. In short: "
+        "corrections: K, relaxation: lambda, relaxation_schedule: constant, geometric_from_half or "
+        "geometric_from_one",
     )
     tolerance: float | None = Field(
         None, ge=0, description="stop correcting an image whose change is below this; null: never"

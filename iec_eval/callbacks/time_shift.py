@@ -49,8 +49,8 @@ class TimeShift(DenoisingCallback):
         """Raise Incompatible where the sampler shows the network something else than its sample."""
         if type(sampler).network_input is not Sampler.network_input:
             raise Incompatible(
-                f"time-shift: sampler {sampler.name} rescales what the network sees by the step, "
-                "so a sample's variance names no timestep; take ddim or plms"
+                f"time-shift: sampler {sampler.name} may rescale what the network sees, so that a "
+                "sample's variance names no timestep; take ddim or plms"
             )
 
     def evaluate(self, step: Step) -> Tensor | None:

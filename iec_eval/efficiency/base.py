@@ -27,8 +27,13 @@ class EfficiencyMethod(ABC):
     of that network may declare ``bits_per_mac``, the product of its operands' bits, and
     ``stored_bytes``, what its tensors take at their bits; others count as they are, at 32 bits.
 
-    A method that caches has an option ``interval`` if every N-th step is full, at least on average;
-    it says no more than that. Equal-cost rivals of a corrected row are given a smaller one.
+    A method that caches says in :meth:`full_steps` which steps run the whole network, and its
+    network obeys ``clock.full``, never a count of its own calls: evaluations beyond the steps' own
+    would shift that. It keeps a feature where ``clock.store`` or ``clock.evaluation == 0``, under
+    ``clock.rows`` if these are not None (see :class:`iec_eval.clock.Clock`; a small example is
+    ``iec_eval.testing.efficiency.ToyCacher``). It has an option ``interval`` if every N-th step is
+    full, at least on average; it says no more than that. Equal-cost rivals of a corrected row are
+    given a smaller one.
 
     Attributes:
         name: what studies call it.
@@ -45,6 +50,14 @@ class EfficiencyMethod(ABC):
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
+
+    def identity(self) -> Mapping[str, str]:
+        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
+
+        A file that is not named here is known by the option that holds its path, and its images
+        are taken for the same when its content changes. Asked for often: remember it.
+        """
+        return {}
 
     def parts(self) -> Sequence[EfficiencyMethod]:
         """The stages, in order; a composite returns its own, a plain method itself."""

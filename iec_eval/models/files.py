@@ -183,7 +183,10 @@ class ModelFiles:
 
     def _not_there(self) -> str:
         if self._hub is not None:
-            return f"model {self.spec}: not downloaded yet; iec-eval launch does it"
+            return (
+                f"model {self.spec}: not downloaded yet; iec-eval launch does it, or "
+                f"huggingface-cli download {self._hub.repository}"
+            )
         if self.folder is not None and self.folder.is_file():
             return (
                 f"model {self.spec}: is a file, wanted a folder in diffusers' layout; make one "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,20 +31,25 @@ class State:
 class Sampler(ABC):
     """Turns predictions into samples, one pure step at a time.
 
-    A sampler is one class with a ``name``, an ``Options`` class and :meth:`step`:
+    A sampler is one class with a ``name``, an ``Options`` class, ``timesteps`` and :meth:`step`:
 
-        class Euler(Sampler):
-            name = "euler"
+        class Halving(Sampler):
+            name = "halving"
 
             class Options(BaseOptions):
-                steps: int = 50
+                steps: int = Field(10, ge=1, description="timesteps 512, 256, ... that are taken")
+
+            def __init__(self, options, schedule):
+                super().__init__(options, schedule)
+                self.timesteps = tuple(512 // 2**i for i in range(options.steps))
 
             def step(self, state, index, prediction, draw): ...
 
     Attributes:
         name: what studies call it.
         version: raise it when the same options would give other images than before.
-        predictions: the kinds of network output it understands.
+        predictions: the kinds of network output it understands; with options that say which one it
+            is, that one alone, for callbacks ask it what the run predicts.
         clips: whether its options make it clip the predicted image.
         uncorrectable: why refining its predictions makes no sense; empty: it does.
         timesteps: what the network is told at each step, noisiest first.
@@ -63,6 +68,14 @@ class Sampler(ABC):
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
         self.options, self.schedule = options, schedule
+
+    def identity(self) -> Mapping[str, str]:
+        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
+
+        A file that is not named here is known by the option that holds its path, and its images
+        are taken for the same when its content changes. Asked for often: remember it.
+        """
+        return {}
 
     def start(self, noise: Tensor) -> State:
         """The state before the first step, from standard normal ``noise``."""

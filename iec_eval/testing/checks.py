@@ -41,12 +41,14 @@ def run_checks(
 
 @contextmanager
 def prefix(text: str) -> Iterator[None]:
-    """Say in an assertion's message where it was."""
+    """Say in an assertion's message where it was; whatever else is raised becomes one."""
     try:
         yield
     except AssertionError as error:
         # the cause is kept: it may be an assert statement of the class, without any message
         raise AssertionError(f"{text}{error}") from error
+    except Exception as error:
+        raise AssertionError(f"{text}raises {type(error).__name__}: {error}") from error
 
 
 def check_declaration(cls: type[Any]) -> None:
