@@ -27,11 +27,12 @@ def test_uniform_timesteps() -> None:
     assert ddim_timesteps(167, "uniform", 1000)[0] == 830  # the noisiest 165 are left out
 
 
-@pytest.mark.parametrize(("steps", "instead"), [(251, 250), (334, 333), (600, 500)])
+@pytest.mark.parametrize(("steps", "instead"), [(334, 333), (374, 333), (600, 500)])
 def test_uniform_steps_begin_where_there_is_little_but_noise(steps: int, instead: int) -> None:
     with pytest.raises(ConfigError, match=f"take {instead} or spacing: quad"):
         ddim_timesteps(steps, "uniform", 1000)
     assert ddim_timesteps(instead, "uniform", 1000)[0] >= 996
+    assert ddim_timesteps(375, "uniform", 1000)[0] == 748
 
 
 def test_quad_timesteps() -> None:

@@ -16,7 +16,7 @@ from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
 
 Spacing = Literal["uniform", "quad", "ldm"]
-LEFT_OUT = 0.2  # share of the timesteps, the noisiest, that quad never visits
+LEFT_OUT = 0.25  # share of the timesteps, the noisiest, that uniform steps may leave out at most
 
 
 class DDIMOptions(BaseOptions):
@@ -74,8 +74,7 @@ def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[
     small timesteps when T is large (T = 100 has 96 distinct ones); ``ldm`` is uniform plus one.
 
     Raises ConfigError for more steps than training timesteps; with ``uniform`` for a number that
-    would leave out more than ``quad`` does, a fifth of them; with ``ldm`` for one that does not
-    divide them.
+    would leave out more than a quarter of them; with ``ldm`` for one that does not divide them.
     """
     if steps > train_timesteps:
         raise ConfigError(f"ddim: {steps} steps wanted, the model has {train_timesteps} timesteps")
@@ -92,7 +91,7 @@ def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[
             )
         rising = np.arange(steps, dtype=np.float64) * every
     else:
-        rising = np.linspace(0, np.sqrt(train_timesteps * (1 - LEFT_OUT)), steps) ** 2
+        rising = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
     return tuple(int(t) for t in reversed(rising))
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iec_eval.efficiency.base import Artifact
+from iec_eval.errors import IecEvalError
 from iec_eval.options import BaseOptions, validated
 
 # out of order and with gaps, so that a position is never mistaken for an index
@@ -41,12 +42,14 @@ def run_checks(
 
 @contextmanager
 def prefix(text: str) -> Iterator[None]:
-    """Say in an assertion's message where it was; whatever else is raised becomes one."""
+    """Say in an assertion's message where it was; what a class merely lets happen becomes one."""
     try:
         yield
     except AssertionError as error:
         # the cause is kept: it may be an assert statement of the class, without any message
         raise AssertionError(f"{text}{error}") from error
+    except IecEvalError:  # says itself what is wrong, and callers may expect it
+        raise
     except Exception as error:
         raise AssertionError(f"{text}raises {type(error).__name__}: {error}") from error
 
