@@ -157,9 +157,9 @@ def test_plms_shifts_its_evaluation_at_the_sample() -> None:
     assert all(a != b for a, b in zip(when[2:4], sampler.timesteps[1:3], strict=True))
 
 
-def test_a_sampler_that_rescales_is_refused() -> None:
+def test_a_sampler_that_may_rescale_is_refused() -> None:
     sampler = build(DiffusersSampler, {"steps": 4}, SCHEDULE)
-    with pytest.raises(Incompatible, match="time-shift: sampler diffusers rescales"):
+    with pytest.raises(Incompatible, match="time-shift: sampler diffusers may rescale"):
         build(TimeShift).check(sampler, Clock(4))
 
 
