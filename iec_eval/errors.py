@@ -6,7 +6,8 @@ Each message says what happened, what was wanted, what was got and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -68,6 +69,17 @@ def one_line(error: BaseException) -> str:
     """Kind and message of an error, of which 500 characters are kept."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:500] or 'no message'}"
+
+
+@contextmanager
+def failing_as_configuration(where: str) -> Iterator[None]:
+    """Within the block whatever a plugin's part raises is a ConfigError that says where it was."""
+    try:
+        yield
+    except IecEvalError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
 
 
 def complaints(attempt: Callable[[], object]) -> list[str]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from iec_eval.errors import ConfigError, one_line
+from iec_eval.errors import failing_as_configuration
 from iec_eval.options import BaseOptions
 
 
@@ -30,6 +30,18 @@ class Identified(Protocol):
     def identity(self) -> Mapping[str, str]: ...
 
 
+class ReadsFiles:
+    """A part that may read files of its own."""
+
+    def identity(self) -> Mapping[str, str]:
+        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
+
+        A file that is not named here is known by the option that holds its path, and its images
+        are taken for the same when its content changes. Asked for often: remember it.
+        """
+        return {}
+
+
 def digest(content: Any) -> str:
     """Hex sha256 of a JSON value, independent of the order of keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -41,10 +53,8 @@ def identity(part: Identified) -> dict[str, Any]:
 
     Raises ConfigError if one of its files cannot be read.
     """
-    try:
+    with failing_as_configuration(part.name):
         files = dict(part.identity())
-    except OSError as error:
-        raise ConfigError(f"{part.name}: {one_line(error)}") from error
     return {**_stated(part), **({"files": files} if files else {})}
 
 

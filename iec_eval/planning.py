@@ -6,8 +6,7 @@ What can be wrong with the parts alone is found here; whether they fit the model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.clock import Clock
 from iec_eval.denoising import evaluator_of
 from iec_eval.efficiency.base import Artifact, EfficiencyMethod
-from iec_eval.errors import ConfigError, IecEvalError, Incompatible, one_line
+from iec_eval.errors import ConfigError, Incompatible, failing_as_configuration
 from iec_eval.fingerprints import (
     digest,
     fingerprint_over_seeds,
@@ -220,17 +219,6 @@ def build(registry: Registry, kind: str, part: Part, where: str, *more: Any) -> 
     cls, options = chosen(registry, kind, part, where)
     with failing_as_configuration(f"{where}: {part['name']}"):
         return cls(options, *more)
-
-
-@contextmanager
-def failing_as_configuration(where: str) -> Iterator[None]:
-    """Within the block whatever a plugin's part raises is a ConfigError that says where it was."""
-    try:
-        yield
-    except IecEvalError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{where}: {one_line(error)}") from error
 
 
 def chosen(registry: Registry, kind: str, part: Part, where: str) -> tuple[Any, BaseOptions]:

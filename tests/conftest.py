@@ -205,6 +205,7 @@ def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @contextmanager
 def installed_plugin(place: Path, name: str, source: str) -> Iterator[None]:
     """The plugin ``name`` made of one module, for this process and for real ones."""
+    place.mkdir(exist_ok=True)
     (place / f"{name}.py").write_text(source)
     about = place / f"{name}-1.0.dist-info"
     about.mkdir()

@@ -21,9 +21,12 @@ from iec_eval.models.base import DiffusionModel
 from iec_eval.models.hooks import iec_eval_models
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions, validated
+from iec_eval.planning import Plan
 from iec_eval.samplers.base import Sampler
 from iec_eval.samplers.ddim import DDIM
 from iec_eval.schedule import NoiseSchedule
+from iec_eval.study import CalibrationSpec, Experiment, ImagesSpec
+from iec_eval.testing.tiny import TinyModel
 
 SCHEDULE = NoiseSchedule.from_betas()
 
@@ -125,6 +128,15 @@ class Recorder(DenoisingCallback):
         if self.network is not None and step.full:
             self.features.append(self.network.feature.clone())
         return prediction
+
+
+def plan_with(sampler: Sampler, callbacks: Sequence[DenoisingCallback] = ()) -> Plan:
+    """A row of the tiny model with this sampler, which no study spells out."""
+    row = Experiment(
+        name="a row", control=False, model={}, sampler={}, efficiency=[], callbacks=[],
+        images=ImagesSpec(), calibration=CalibrationSpec(),
+    )  # fmt: skip
+    return Plan(row, TinyModel(), {}, {}, sampler, [], list(callbacks), "fingerprint")
 
 
 def run(

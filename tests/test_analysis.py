@@ -21,6 +21,7 @@ from helpers import (
     ddim,
     oracle,
     original_ddpm,
+    plan_with,
     run,
     unet,
 )
@@ -55,14 +56,11 @@ from iec_eval.efficiency.quantizer import fake_quantize
 from iec_eval.errors import ConfigError, Incompatible, UnknownName
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
-from iec_eval.planning import Plan
 from iec_eval.progress import Progress
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.samplers.ddim import ddim_coefficients
 from iec_eval.samplers.diffusers import DiffusersSampler
 from iec_eval.samplers.plms import PLMS
-from iec_eval.study import CalibrationSpec, Experiment, ImagesSpec
-from iec_eval.testing.tiny import TinyModel
 
 SHAPE = (3, 4, 4)
 
@@ -289,14 +287,6 @@ def test_ten_power_iterations_flip_the_claim() -> None:
 
 
 # --- A and B ----------------------------------------------------------------------------------
-
-
-def plan_with(sampler: Sampler) -> Plan:
-    row = Experiment(
-        name="a row", control=False, model={}, sampler={}, efficiency=[], callbacks=[],
-        images=ImagesSpec(), calibration=CalibrationSpec(),
-    )  # fmt: skip
-    return Plan(row, TinyModel(), {}, {}, sampler, [], [], "fingerprint")
 
 
 def diffusers(scheduler: str, **more: Any) -> DiffusersSampler:

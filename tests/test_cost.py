@@ -15,7 +15,7 @@ import torch
 from click.testing import Result
 from conftest import installed_plugin
 from diffusers import UNet2DModel
-from helpers import SCHEDULE, build, ddim, packaged, run
+from helpers import SCHEDULE, build, ddim, packaged, plan_with, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,10 +26,9 @@ from iec_eval.cost import EvaluationCost, evaluation_cost, expected_evaluations
 from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.noise import Noise
-from iec_eval.planning import Plan
 from iec_eval.plugins import load_registry
 from iec_eval.results import read_results
-from iec_eval.study import CalibrationSpec, Experiment, ImagesSpec, load
+from iec_eval.study import load
 from iec_eval.study_plans import plan_study
 from iec_eval.testing.tiny import TinyModel
 
@@ -227,7 +226,6 @@ class Late(DenoisingCallback):
 def iec_eval_callbacks():
     return [Late]
 """
-    (tmp_path / "site").mkdir()
     with installed_plugin(tmp_path / "site", "late", source):
         study = write_study(tmp_path, variants=[{"name": "late", "callbacks": [{"name": "late"}]}])
         shown = cli("show", study)
@@ -268,7 +266,6 @@ def iec_eval_callbacks():
 def test_a_method_that_cannot_be_applied_fails_alone(
     cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "site").mkdir()
     variants = [{"name": "plain"}, {"name": "deployed", "efficiency": [{"name": "engine"}]}]
     with installed_plugin(tmp_path / "site", "engines", ENGINES):
         study = write_study(tmp_path, variants=variants)
@@ -286,7 +283,6 @@ def test_a_method_that_cannot_be_applied_fails_alone(
 def test_a_part_that_cannot_be_made_is_wrong_configuration(
     cli: Callable[..., Result], write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "site").mkdir()
     with installed_plugin(tmp_path / "site", "engines", ENGINES):
         study = write_study(tmp_path, variants=[{"name": "a", "callbacks": [{"name": "reads"}]}])
         shown = cli("show", study)
@@ -309,11 +305,7 @@ def test_no_fewer_corrections_are_expected_than_a_network_makes(tolerance: float
     """Near the image a network changes faster than a smooth stand-in would."""
     options = {"weights": [0.5, 0.5], "tolerance": tolerance, "tolerance_mode": "relative"}
     sampler, iec = ddim(steps=250, spacing="ldm"), build(IEC, options)
-    row = Experiment(
-        name="a row", control=False, model={}, sampler={}, efficiency=[], callbacks=[],
-        images=ImagesSpec(), calibration=CalibrationSpec(),
-    )  # fmt: skip
-    plan = Plan(row, TinyModel(), {}, {}, sampler, [], [iec], "fingerprint")
+    plan = plan_with(sampler, [iec])
     clock = Clock(len(sampler.timesteps))
     run(_GaussianNoise(), sampler, Noise(0, range(2), TinyModel().shape), [iec], clock=clock)
     spent = clock.evaluations.full / 2

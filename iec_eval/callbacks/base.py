@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iec_eval.clock import Clock
 from iec_eval.denoising import Step
+from iec_eval.fingerprints import ReadsFiles
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
 
-class DenoisingCallback(Callback):
+class DenoisingCallback(ReadsFiles, Callback):
     """Sees every prediction before the sampler does, and may refine it.
 
     It is a Lightning callback too, so it may also follow the run as a whole. Attributes:
@@ -33,14 +34,6 @@ class DenoisingCallback(Callback):
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
-
-    def identity(self) -> Mapping[str, str]:
-        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
-
-        A file that is not named here is known by the option that holds its path, and its images
-        are taken for the same when its content changes. Asked for often: remember it.
-        """
-        return {}
 
     @property
     def depends_on_batch(self) -> bool:

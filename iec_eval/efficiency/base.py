@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 from torch import Tensor, nn
 
 from iec_eval.clock import Clock
+from iec_eval.fingerprints import ReadsFiles
 from iec_eval.options import BaseOptions
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Slot = Literal["cacher", "quantizer"]
 Artifact = Mapping[str, Tensor]
 
 
-class EfficiencyMethod(ABC):
+class EfficiencyMethod(ReadsFiles, ABC):
     """Replaces a network by a cheaper one.
 
     What a method would cost is shown before it is calibrated: with an empty artifact and the
@@ -50,14 +51,6 @@ class EfficiencyMethod(ABC):
 
     def __init__(self, options: BaseOptions) -> None:
         self.options = options
-
-    def identity(self) -> Mapping[str, str]:
-        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
-
-        A file that is not named here is known by the option that holds its path, and its images
-        are taken for the same when its content changes. Asked for often: remember it.
-        """
-        return {}
 
     def parts(self) -> Sequence[EfficiencyMethod]:
         """The stages, in order; a composite returns its own, a plain method itself."""

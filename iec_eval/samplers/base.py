@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from iec_eval.fingerprints import ReadsFiles
 from iec_eval.noise import Draw
 from iec_eval.options import BaseOptions
 from iec_eval.schedule import NoiseSchedule
@@ -28,7 +29,7 @@ class State:
     memory: Any = None
 
 
-class Sampler(ABC):
+class Sampler(ReadsFiles, ABC):
     """Turns predictions into samples, one pure step at a time.
 
     A sampler is one class with a ``name``, an ``Options`` class, ``timesteps`` and :meth:`step`:
@@ -68,14 +69,6 @@ class Sampler(ABC):
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
         self.options, self.schedule = options, schedule
-
-    def identity(self) -> Mapping[str, str]:
-        """A hash for each file that it reads (:func:`iec_eval.api.sha256`), beside its options.
-
-        A file that is not named here is known by the option that holds its path, and its images
-        are taken for the same when its content changes. Asked for often: remember it.
-        """
-        return {}
 
     def start(self, noise: Tensor) -> State:
         """The state before the first step, from standard normal ``noise``."""
