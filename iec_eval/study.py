@@ -196,7 +196,7 @@ class Study(BaseOptions):
     def _named_rows(self) -> list[Experiment]:
         known: dict[str, Variant] = {}
         for variant in self.variants:
-            known[variant.name] = _extended(variant, known)
+            known[variant.name] = _extended(variant, known, self.sampler)
         _refuse_doubles(variant.name for variant in self.variants)
         return [self._experiment(variant, control=False) for variant in known.values()]
 
@@ -306,11 +306,11 @@ def free_name(name: str, taken: Collection[str]) -> str:
 def load(source: str, overrides: Sequence[str] = ()) -> Study:
     """Read a study from a path or a packaged name, with ``key.path=value`` overrides.
 
-    Raises ConfigError for a missing file, bad YAML, unknown keys and wrong types.
+    Raises ConfigError for a missing file, bad YAML, unknown or repeated keys and wrong types.
     """
     path = find(source)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"study {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -318,6 +318,38 @@ def load(source: str, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         _override(content, override)
     return validated(Study, content, f"study {path}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and refuses a mapping that has a key twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    "in a mapping", node.start_mark, f"found {key.value!r} twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of YAML text; what is named by an anchor is copied wherever an alias stands.
+
+    Raises yaml.YAMLError for text that is none, for repeated keys and for a value inside itself.
+    """
+    try:
+        return _unshared(yaml.load(text, Loader=_Loader))  # a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("values are nested too deeply, or one is inside itself") from None
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def find(source: str) -> Path:
@@ -338,7 +370,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"override {override!r}: wanted key.path=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, last = path.split(".")
@@ -369,7 +401,8 @@ def _position(target: Any, key: str, override: str) -> int:
     return int(key)
 
 
-def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:
+def _extended(variant: Variant, known: Mapping[str, Variant], shared: Part) -> Variant:
+    """The variant with what it inherits; its sampler is whole then, ``shared`` included."""
     if variant.extends is None:
         return variant
     if variant.extends not in known:
@@ -377,8 +410,8 @@ def _extended(variant: Variant, known: Mapping[str, Variant]) -> Variant:
     base = known[variant.extends]
     own = {key: getattr(variant, key) for key in INHERITED}
     merged = {k: getattr(base, k) if v is None else v for k, v in own.items()}
-    if variant.sampler and base.sampler:
-        merged["sampler"] = _sampler_of(base.sampler, variant.sampler)
+    whole = _sampler_of(shared, base.sampler or {})
+    merged["sampler"] = _sampler_of(whole, variant.sampler or {})
     return variant.model_copy(update=merged)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from iec_eval.errors import ConfigError, IecEvalError, UnknownName
-from iec_eval.study import INHERITED, Study, load
+from iec_eval.study import INHERITED, Study, load, read_yaml
 
 CACHE = {"name": "deepcache", "interval": 3}
 IEC = {"name": "iec"}
@@ -77,6 +77,15 @@ def test_another_sampler_shares_the_steps_and_nothing_else(tmp_path: Path) -> No
     assert d.sampler == {"name": "ddim", "steps": 10, "eta": 0.1}
 
 
+def test_repeating_the_name_of_the_shared_sampler_changes_nothing(tmp_path: Path) -> None:
+    more = [
+        {"name": "a", "extends": "cached", "sampler": {"steps": 5}},
+        {"name": "b", "extends": "cached", "sampler": {"name": "ddim", "steps": 5}},
+    ]
+    *_, a, b = study(tmp_path, variants=CONTENT["variants"] + more).experiments()
+    assert a.sampler == b.sampler == {"name": "ddim", "steps": 5, "eta": 0.5}
+
+
 def test_every_inheritable_key_is_a_key_of_a_variant() -> None:
     from iec_eval.study import Variant
 
@@ -90,6 +99,27 @@ def test_controls_come_first(tmp_path: Path) -> None:
     assert rows[0].efficiency == rows[1].efficiency == []
     assert rows[0].callbacks == []
     assert [part["name"] for part in rows[1].callbacks] == ["iec"]
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would take the last, and rows would be gone without a word."""
+    path = tmp_path / "study.yaml"
+    path.write_text("study: a\nvariants:\n  - {name: x, callbacks: [], callbacks: [{name: iec}]}\n")
+    with pytest.raises(ConfigError, match=r"(?s)not valid YAML.*'callbacks' twice.*line 3"):
+        load(str(path))
+    with pytest.raises(ConfigError, match="'count' twice"):
+        study(tmp_path, "images={count: 3, count: 4}")
+
+
+def test_a_value_inside_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("study: &a [*a]\n")
+    with pytest.raises(ConfigError, match="inside itself"):
+        load(str(path))
+
+
+def test_merged_keys_may_be_replaced() -> None:
+    assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
 
 # --- overrides --------------------------------------------------------------------------------
@@ -113,6 +143,16 @@ def test_overrides_are_typed_as_yaml_and_reach_lists(tmp_path: Path) -> None:
     assert read.variants[0].callbacks == [{"name": "iec", "weights": [0.5, 1.0]}]
     assert read.sampler["note"] == "a=b"
     assert read.execution.threads is None
+
+
+def test_an_override_changes_the_row_that_it_names_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    content = {**CONTENT, "variants": []}
+    rows = "- {name: a, efficiency: &c [{name: deepcache, interval: 5}]}\n"
+    rows += "- {name: b, efficiency: *c}"
+    path.write_text(yaml.safe_dump(content).replace("variants: []", f"variants:\n{rows}"))
+    a, b = load(str(path), ["variants.0.efficiency.0.interval=2"]).variants
+    assert [row.efficiency[0]["interval"] for row in (a, b) if row.efficiency] == [2, 5]
 
 
 def test_overrides_make_keys_that_are_not_there_and_the_last_wins(tmp_path: Path) -> None:
