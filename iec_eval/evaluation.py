@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from iec_eval.cost import EvaluationCost, Uncounted
 from iec_eval.errors import CorruptChunk, IecEvalError, MissingArtifact
-from iec_eval.fingerprints import fingerprint_over_seeds
+from iec_eval.fingerprints import fingerprint_over_seeds, identity
 from iec_eval.intervals import Estimate, is_spread
 from iec_eval.jackknife import with_groups
 from iec_eval.jobs import Job, network_id, stored_features
@@ -29,12 +31,18 @@ Reader = Callable[[IndexRange, slice], Any]
 class Scored:
     """A row of the results, and what its intervals and those of its differences are made of.
 
-    ``directions`` says of its numbers whether higher is better, where their metric says so.
+    ``directions`` says of its numbers whether higher is better, where their metric says so;
+    ``apart`` are the numbers that are in no comparison with another row.
     """
 
     row: Variant
     estimates: Mapping[str, Estimate]
     directions: Mapping[str, bool]
+    apart: frozenset[str] = frozenset()
+
+    def compared(self) -> dict[str, Estimate]:
+        """The estimates that comparisons with other rows are made of."""
+        return {name: one for name, one in self.estimates.items() if name not in self.apart}
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,19 @@ def evaluate(
                 metric.update(batch, indices)
             progress.advance(len(indices))
         found.update({id(metric): _estimated(metric, batches) for metric in group})
-    return [(metric, found[id(metric)]) for metric in chosen]
+    return _told_apart([(metric, found.get(id(metric), {})) for metric in metrics])
+
+
+def _told_apart(
+    found: Sequence[tuple[Metric, dict[str, Estimate]]],
+) -> list[tuple[Metric, dict[str, Estimate]]]:
+    """The numbers under names of their own: one that is taken is followed by its metric's."""
+    taken, apart = set[str](), []
+    for (metric, numbers), label in zip(found, _labels([m for m, _ in found]), strict=True):
+        named = {f"{n} ({label})" if n in taken else n: one for n, one in numbers.items()}
+        taken.update(named)
+        apart.append((metric, named))
+    return apart
 
 
 def score(
@@ -103,7 +123,9 @@ def score(
     """The variant's row of the results; a variant that failed or is incomplete says so.
 
     ``base`` is the full-precision variant that paired metrics compare with. If it has not all its
-    images, the row is scored by the other metrics and says why it lacks these.
+    images, the row is scored by the other metrics and says why it lacks these. If it has another
+    sampler, what they measure is in no comparison: a row with twice the steps is not the worse for
+    being unlike that one.
     """
     row = _empty_row(job)
     failure = job.folder.failure()
@@ -124,10 +146,24 @@ def score(
     finally:
         for metric in metrics:
             metric.reset()
-    notes = [lacking, f"MACs not counted, {cost.reason}" if isinstance(cost, Uncounted) else None]
-    said = "; ".join(filter(None, notes)) or None
+    apart, unlike = _apart(job, base, found)
+    uncounted = f"MACs not counted, {cost.reason}" if isinstance(cost, Uncounted) else None
+    said = "; ".join(filter(None, [lacking, unlike, uncounted])) or None
     scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": said})
-    return Scored(scored, estimates, _directions(found))
+    return Scored(scored, estimates, _directions(found), apart)
+
+
+def _apart(
+    job: Job, base: Job | None, found: Sequence[tuple[Metric, Mapping[str, Estimate]]]
+) -> tuple[frozenset[str], str | None]:
+    """The numbers that no comparison may rest on, and why."""
+    if base is None or identity(base.plan.sampler) == identity(job.plan.sampler):
+        return frozenset(), None
+    paired = {m.name: numbers for m, numbers in found if isinstance(m, PairedMetric) and numbers}
+    if not paired:
+        return frozenset(), None
+    why = f"in no verdict, as the row compared with, {base.name!r}, has another sampler"
+    return frozenset(chain(*paired.values())), f"{', '.join(paired)}: {why}"
 
 
 def _evaluated(
@@ -170,9 +206,9 @@ def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
     """
     rows = {name: scored.row for name, scored in of_seeds.items()}
     first = next(iter(rows.values()))
-    identity = fingerprint_over_seeds(row.fingerprint for row in rows.values())
+    fingerprint = fingerprint_over_seeds(row.fingerprint for row in rows.values())
     errors = [f"{name}: {row.error}" for name, row in rows.items() if row.error]
-    found = {"fingerprint": identity, "error": "; ".join(errors) or None}
+    found = {"fingerprint": fingerprint, "error": "; ".join(errors) or None}
     states = {row.status for row in rows.values()}
     if states != {"done"}:
         status = "failed" if "failed" in states else "partial"
@@ -187,7 +223,8 @@ def over_seeds(of_seeds: Mapping[str, Scored]) -> Scored:
     measured = {name: _measured(one) for name, one in estimates.items()}
     cost = _mean_cost([row.cost for row in rows.values()])
     row = first.model_copy(update=found | {"metrics": measured, "cost": cost})
-    return Scored(row, estimates, next(iter(of_seeds.values())).directions)
+    one = next(iter(of_seeds.values()))
+    return Scored(row, estimates, one.directions, one.apart)
 
 
 def _mean_cost(of_seeds: Sequence[Cost]) -> Cost:
@@ -224,11 +261,20 @@ def by_network(metrics: Sequence[Metric]) -> list[tuple[FeatureNetwork | None, l
 
 def protocol(metrics: Sequence[Metric]) -> dict[str, Any]:
     """How the metrics measure: what must agree for two results to be comparable."""
-    named: dict[str, Any] = {}
+    return {
+        label: metric.protocol() for label, metric in zip(_labels(metrics), metrics, strict=True)
+    }
+
+
+def _labels(metrics: Sequence[Metric]) -> list[str]:
+    """The metrics' names, and their number among those of one name but for the first."""
+    before = Counter[str]()
+    labels = []
     for metric in metrics:
-        again = sum(name.partition(" ")[0] == metric.name for name in named)
-        named[f"{metric.name} {again + 1}" if again else metric.name] = metric.protocol()
-    return named
+        before[metric.name] += 1
+        number = before[metric.name]
+        labels.append(metric.name if number == 1 else f"{metric.name} {number}")
+    return labels
 
 
 def _readers(

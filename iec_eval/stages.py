@@ -142,7 +142,7 @@ def _scored(session: Session) -> tuple[Results, Estimates]:
         scored = _scored_row(session, jobs, bases, cost, progress)
         name = scored.row.name
         rows.append(scored.row.model_copy(update=session.study.remarks(name)))
-        estimates[name] = scored.estimates
+        estimates[name] = scored.compared()
         directions |= scored.directions
     progress.close()
     results = Results(

@@ -457,6 +457,25 @@ def test_two_metrics_of_one_name_both_say_how_they_measure() -> None:
     assert [found[name]["splits"]["count"] for name in found] == [1, 2, 3]
 
 
+def test_no_number_takes_the_place_of_another(make_run: Callable[..., Run], toy: Toy) -> None:
+    """The name of a metric that the study has twice says which of them it is in the protocol."""
+    score = {"name": "is", "features": str(toy.features)}
+    run = make_run(metrics=[{**score, "splits": splits} for splits in (2, 1, 5)])
+    assert run("launch").exit_code == 0
+    found, alone = run.results, {}
+    assert list(found["protocol"]) == ["is", "is 2", "is 3"]
+    for number, splits in enumerate((2, 1, 5), start=1):
+        other = make_run(metrics=[{**score, "splits": splits}])
+        assert other("launch").exit_code == 0
+        alone[number] = other.results["variants"][0]["metrics"]
+    row = found["variants"][0]["metrics"]
+    for number, metrics in alone.items():
+        for name, one in metrics.items():
+            told = name if number == 1 else f"{name} (is {number})"
+            assert row[told]["value"] == one["value"]
+    assert len({one["value"] for name, one in row.items() if name.startswith("is-toy")}) == 3
+
+
 def test_the_progress_counts_a_pass_for_each_network_and_one_for_pairs() -> None:
     paired = PSNR(BaseOptions())
     assert groups([metric_of(1), metric_of(2), Witness(), paired]) == 3

@@ -20,6 +20,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from iec_eval.errors import ConfigError, CorruptFile, Incompatible
 from iec_eval.evaluation import evaluate
+from iec_eval.influence import read_estimates
 from iec_eval.metrics import lpips
 from iec_eval.metrics.base import PairedMetric, Pairs
 from iec_eval.metrics.lpips import LPIPS, SMALLEST, lpips_network, published_weights
@@ -27,6 +28,7 @@ from iec_eval.metrics.paired import PSNR, SSIM, MeanOverPairs, best_psnr
 from iec_eval.options import BaseOptions, validated
 from iec_eval.plugins import load_registry
 from iec_eval.progress import Progress
+from iec_eval.results import read_results
 from iec_eval.session import prepare
 from iec_eval.storage import sha256
 from iec_eval.study import Study, full_precision, load
@@ -279,6 +281,29 @@ def test_a_row_is_compared_with_full_precision_image_by_image(
     # the same numbers, whatever the files and their order
     assert run("evaluate").exit_code == 0
     assert rows_of(tmp_path) == rows
+
+
+def test_a_row_with_other_steps_is_in_no_verdict_on_likeness(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """It has the number, but being unlike the images of other steps does not make it worse."""
+    run = make_run(controls=["equal-cost"])
+    assert run("launch").exit_code == 0
+    rows = rows_of(tmp_path)
+    (steps,) = (row for row in rows.values() if row["name"].endswith(" steps"))
+    assert steps["metrics"]["psnr"]["value"] > 0
+    assert steps["error"] == (
+        "psnr: in no verdict, as the row compared with, 'full precision', has another sampler"
+    )
+    found = rows["cached + IEC"]["comparisons"]
+    fid, psnr = ({x["versus"] for x in found if x["metric"] == m} for m in ("fid-toy", "psnr"))
+    assert steps["name"] in fid
+    assert psnr == fid - {steps["name"], "full precision"}
+    assert {one["metric"] for one in steps["comparisons"]} == {"fid-toy", "is-toy", "is-std-toy"}
+    results = read_results(tmp_path / "out" / "results.json")
+    kept = read_estimates(tmp_path / "out", results)
+    assert kept is not None
+    assert kept[steps["name"]].keys() == steps["metrics"].keys() - {"psnr"}
 
 
 def test_pairs_are_found_however_the_files_are_cut(
