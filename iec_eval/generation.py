@@ -211,7 +211,7 @@ def generate(
     with ranks.quiet_lightning(), ranks.named(claims.owner.launch), claims:
         trainer = ranks.trainer(execution, callbacks, alone=alone)
         _predict(trainer, module)
-        _dismiss(trainer, module)
+        _dismiss(trainer.strategy.launcher, module.ended)
     if module.ended is not None:
         raise module.ended
 
@@ -260,12 +260,13 @@ def _predict(trainer: Trainer, module: GenerationModule) -> None:
         raise KeyboardInterrupt from error
 
 
-def _dismiss(trainer: Trainer, module: GenerationModule) -> None:
-    """Wait for the processes that this one has started."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, ranks.Launcher):
-        if module.ended is None:
-            launcher.join()
-        else:
-            launcher.kill(signal.SIGTERM)
-            launcher.join(STOPPING_SECONDS)
+def _dismiss(launcher: object, ended: BaseException | None) -> None:
+    """Wait for the processes that this one has started; whatever else ended it ends them too."""
+    if not isinstance(launcher, ranks.Launcher):
+        return
+    if ended is None:
+        launcher.join()
+        return
+    if not isinstance(ended, Terminated):  # of which they were told at once: twice is urgent
+        launcher.kill(signal.SIGTERM)
+    launcher.join(STOPPING_SECONDS)

@@ -376,6 +376,11 @@ class RunFolder:
         return self.path / "artifacts" / f"{key[:32]}.safetensors"
 
 
+def calibration_claim(key: str) -> str:
+    """What whoever calibrates the artifact with that key claims."""
+    return f"calibration.{key[:32]}"
+
+
 def finished_ranges(folder: Path, suffix: str = ".safetensors") -> list[IndexRange]:
     """Ranges that have a file in ``folder``, sorted."""
     ranges = (IndexRange.parse(path.stem) for path in folder.glob(f"*{suffix}"))

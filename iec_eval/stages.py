@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from iec_eval.jobs import SHOWN, Job
 from iec_eval.progress import Progress
 from iec_eval.report.page import write_report
 from iec_eval.results import Results, with_deltas, with_relative_costs, write_results
-from iec_eval.runs import INFLUENCE, covering
+from iec_eval.runs import INFLUENCE, calibration_claim, covering
 from iec_eval.session import Session, open_run
 from iec_eval.storage import write_json
 from iec_eval.study import full_precision
@@ -45,7 +46,12 @@ def calibrate(session: Session, jobs: Sequence[Job]) -> None:
         if not missing:
             continue
         claims = session.run.claims(execution.claim_timeout, session.launch)
-        with claims, waiting(claims, f"calibration.{missing[0][:32]}"):
+        with ExitStack() as held:
+            held.enter_context(claims)
+            # all of them, in the order of the chain: two rows share a beginning or nothing, so
+            # nobody waits in a circle, and whoever comes when half is done waits for the rest
+            for key in missing:
+                held.enter_context(waiting(claims, calibration_claim(key)))
             _calibrate_job(session, job, device, progress)
 
 

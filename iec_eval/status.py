@@ -20,7 +20,15 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from iec_eval.claims import Held
 from iec_eval.errors import ConfigError, CorruptFile, SchedulerError
 from iec_eval.options import first_problem
-from iec_eval.runs import IndexRange, RunFolder, VariantFolder, finished_ranges, missing_ranges
+from iec_eval.processes import Owner
+from iec_eval.runs import (
+    IndexRange,
+    RunFolder,
+    VariantFolder,
+    calibration_claim,
+    finished_ranges,
+    missing_ranges,
+)
 from iec_eval.scheduler import Task, squeue
 from iec_eval.slurm import read_launches, recorded_jobs
 
@@ -261,16 +269,22 @@ def _workers(
     names: Mapping[str, str],
 ) -> list[Worker]:
     """Who holds a claim on images or features of a row, or on a calibration it waits for."""
-    calibrations = {f"calibration.{one['key'][:32]}": one["part"] for one in waiting}
-    found = []
+    found = dict[str, Held]()
+    for one in reversed(waiting):  # a process claims a whole chain, and is at its first
+        claim = held.get(calibration_claim(one["key"]))
+        if claim is not None and claim.owner is not None:
+            found = {w: c for w, c in found.items() if c.owner != claim.owner}
+            found[f"calibration of {one['part']}"] = claim
     for name, claim in held.items():
-        work = f"calibration of {calibrations[name]}" if name in calibrations else None
         if name.startswith(f"{folder}."):
-            work = name.removeprefix(f"{folder}.").replace(".", " ")
-        if work is not None and claim.owner is not None:
-            job = names.get(claim.owner.job or "", claim.owner.job)
-            found.append(Worker(work, claim.owner.host, claim.owner.pid, job, claim.age))
-    return found
+            found[name.removeprefix(f"{folder}.").replace(".", " ")] = claim
+    return [
+        _worker(work, claim.owner, claim.age, names) for work, claim in found.items() if claim.owner
+    ]
+
+
+def _worker(work: str, owner: Owner, age: float, names: Mapping[str, str]) -> Worker:
+    return Worker(work, owner.host, owner.pid, names.get(owner.job or "", owner.job), age)
 
 
 # --- time ---------------------------------------------------------------------------------------

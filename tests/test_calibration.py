@@ -24,7 +24,7 @@ from iec_eval.efficiency.reconstruction import Reconstruction
 from iec_eval.efficiency.timestep_quantizer import TimestepQuantizer
 from iec_eval.models.unet import UNet
 from iec_eval.results import read_results
-from iec_eval.runs import VariantFolder
+from iec_eval.runs import RunFolder, VariantFolder
 from iec_eval.storage import read_tensors
 
 Cli = Callable[..., Result]
@@ -107,6 +107,24 @@ def test_a_second_launch_calibrates_nothing(launch: Run, calibrated: list[str]) 
     assert launch().exit_code == 0
     assert calibrated == NAMES
     assert torch.equal(launch.images(), images)
+
+
+def test_whoever_calibrates_claims_the_whole_chain(
+    launch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes when the first part is done must not begin the second a second time."""
+    held: list[int] = []
+    for cls in STAGES:
+        before = cls.calibrate
+
+        def calibrate(self: Any, bench: Bench, before: Any = before) -> dict[str, torch.Tensor]:
+            held.append(len(RunFolder(tmp_path / "out").claims().held()))
+            return dict(before(self, bench))
+
+        monkeypatch.setattr(cls, "calibrate", calibrate)
+    assert launch(verb="calibrate").exit_code == 0
+    assert held == [len(NAMES)] * len(NAMES)
+    assert not RunFolder(tmp_path / "out").claims().held()
 
 
 def changed(place: int, **options: Any) -> list[Part]:

@@ -22,8 +22,9 @@ from conftest import environment, installed_plugin
 from forks import Fork, Server, serving
 from places import COUNT, EXECUTION, ROWS, Place, assert_same_run
 
-from iec_eval import ranks
-from iec_eval.errors import ConfigError
+from iec_eval import generation, ranks
+from iec_eval.errors import ConfigError, StorageError
+from iec_eval.stopping import Terminated
 from iec_eval.study import ExecutionSpec
 
 BATCH, CHUNK = 2, 8
@@ -272,6 +273,36 @@ def test_the_others_do_the_work_of_one_that_is_lost(
         assert "was killed" not in fork.err
         assert made.begun(BATCH) == needed
     assert finished_runs(made) == 1
+
+
+class Told(ranks.Launcher):
+    """Has started nobody, and keeps what it would tell them."""
+
+    def __init__(self) -> None:
+        self.signals: list[signal.Signals] = []
+
+    def kill(self, signum: signal.Signals) -> None:
+        self.signals.append(signum)
+
+    def join(self, seconds: float = 0) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ended", "signals"),
+    [
+        (None, []),
+        (Terminated(signal.SIGUSR1), []),
+        (StorageError("no space left"), [signal.SIGTERM]),
+    ],
+)
+def test_the_others_are_asked_to_stop_once(
+    ended: BaseException | None, signals: list[signal.Signals]
+) -> None:
+    """A request to stop has reached them already; a second one would cost them their batch."""
+    launcher = Told()
+    generation._dismiss(launcher, ended)
+    assert launcher.signals == signals
 
 
 def test_a_process_lost_before_they_meet_is_the_end_with_a_message(

@@ -69,7 +69,7 @@ def make(out: Path, row: str, *parts: IndexRange, seconds_per_image: float = 2.0
 
 def claim(out: Path, name: str, *, pid: int = 1, job: str | None = None) -> Path:
     """A claim by a process of another machine."""
-    owner = replace(this_process(), machine="n1/boot/space", pid=pid, job=job)
+    owner = replace(this_process("one"), machine="n1/boot/space", pid=pid, job=job)
     assert Claims(out / "claims", owner=owner).take(name)
     return out / "claims" / f"{name}.0"
 
@@ -141,6 +141,20 @@ def test_calibrations_that_are_missing_and_made(cli: Cli, out: Path) -> None:
     RunFolder(out).save(KEY, {"scale": torch.ones(1)}, {})
     found = rows(cli, out)
     assert (found["c"]["state"], found["c"]["calibration_missing"]) == ("missing", [])
+
+
+def test_a_process_that_has_claimed_a_chain_is_at_its_first_part(cli: Cli, out: Path) -> None:
+    listing = json.loads((out / "rows.json").read_text())
+    row = next(row for row in listing["rows"] if row["name"] == "c")
+    row["artifacts"].append({"part": "reconstruction", "key": "f" * 64})
+    write_json(out / "rows.json", listing)
+    for key in (KEY, "f" * 64):
+        claim(out, f"calibration.{key[:32]}")
+    work = [worker["work"] for worker in rows(cli, out)["c"]["workers"]]
+    assert work == ["calibration of quantizer"]
+    RunFolder(out).save(KEY, {"scale": torch.ones(1)}, {})
+    work = [worker["work"] for worker in rows(cli, out)["c"]["workers"]]
+    assert work == ["calibration of reconstruction"]
 
 
 def test_images_that_were_deleted_after_use_are_not_missing(cli: Cli, out: Path) -> None:
