@@ -165,13 +165,21 @@ def launch(study: Study, out: Path, missing: Missing, options: Options) -> str:
             )
         if not options.force:
             _refuse_while_queued(out)
-        # nodes are sbatch's affair: a job of one task could not start processes on several
-        alone = study.execution.model_copy(update={"num_nodes": 1})
-        content = study.model_copy(update={"execution": alone}).model_dump(
+        content = study.model_copy(update={"execution": _of_a_job(study, options)}).model_dump(
             mode="json", exclude_defaults=True
         )
         write_text(made.study, yaml.safe_dump(content, sort_keys=False))
         return _as_text(made, _submit(made))
+
+
+def _of_a_job(study: Study, options: Options) -> ExecutionSpec:
+    """The study's settings within one job: what there is of nodes and GPUs is sbatch's affair.
+
+    A job of one task, such as the last one, could start processes neither on several nodes nor on
+    GPUs that it has not got.
+    """
+    own = {"devices": "auto"} if options.gpus_per_node else {}
+    return study.execution.model_copy(update={"num_nodes": 1, **own})
 
 
 def requests(missing: Missing, options: Options, execution: ExecutionSpec) -> list[JobRequest]:

@@ -242,6 +242,8 @@ def ended(bench: Bench) -> dict[str, Ended]:
         "failed": bench.submit("evaluate", "always", "1"),
         "fixed": bench.submit("evaluate", "always", "75", options=("--no-requeue",)),
         "endless": bench.submit(str(twice), "always", "75"),
+        "killed": bench.submit("generate-nodes", "once", "137", options=("--time=60",)),
+        "killed late": bench.submit("generate-nodes", "once", "137", options=("--time=2",)),
         "requeued": bench.submit("calibrate", "wait"),
         "cancelled": bench.submit("evaluate", "wait"),
     }
@@ -277,6 +279,14 @@ def test_a_job_requeued_by_hand_is_not_requeued_twice(ended):
 def test_a_failed_job_is_not_requeued(ended):
     assert (ended["failed"].state, ended["failed"].restarts) == ("FAILED", 0)
     assert "ended with status 1" in ended["failed"].log
+
+
+def test_a_killed_process_keeps_no_other_from_going_on_after_the_limit(ended):
+    """SLURM gives the highest status of all tasks, so 137 of one hides 75 of the others."""
+    assert (ended["killed"].state, ended["killed"].restarts) == ("FAILED", 0)
+    assert "ended with status 137" in ended["killed"].log
+    assert (ended["killed late"].state, ended["killed late"].restarts) == ("COMPLETED", 1)
+    assert "a process was killed; the time limit is near" in ended["killed late"].log
 
 
 def test_where_slurm_does_not_requeue_the_log_says_what_to_do(ended):

@@ -131,6 +131,19 @@ def test_nodes_are_the_schedulers_affair(
     assert fake.calls("sbatch")
 
 
+def test_the_gpus_of_a_job_are_those_that_it_got(
+    cli: Cli, write_study: Write, fake: FakeSlurm, tmp_path: Path
+) -> None:
+    """The last job has one, and so have tasks of an array that asked for one."""
+    execution = {"devices": 4, "batch_size": 4, "chunk_size": 4}
+    study, out = write_study(tmp_path, execution=execution), tmp_path / "out"
+    assert cli("launch", study, "-o", out, "--slurm", "--gpus-per-node", 1).exit_code == 0
+    (snapshot,) = out.glob("slurm/*.yaml")
+    assert load(str(snapshot)).execution.devices == "auto"
+    assert load(str(snapshot)) == load(str(study), ["execution.devices=auto"])
+    assert option(fake.calls("sbatch")[0], "ntasks-per-node") == "1"
+
+
 def test_ids_of_launches_sort_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.new_id() != slurm.new_id()
     assert slurm.new_id().replace("-", "").isalnum()
