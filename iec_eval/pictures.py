@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from PIL import Image
 from iec_eval.errors import ConfigError
 from iec_eval.report.wording import quantity
 from iec_eval.runs import RunFolder, VariantFolder
+from iec_eval.status import ROWS, read_rows
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,64 @@ class Exported:
 
 
 def export(out: Path, folder: Path, variant: str | None) -> str:
-    """Write a run's images as PNG files, one folder per variant; says how many and how large."""
+    """Write a run's images as PNG files, one folder per variant; says how many and how large.
+
+    Those that the run's table is of: the first ``images.count`` of the rows that its study has now.
+    What is there besides is named; ``variant`` takes any row's folder, and all its images.
+    """
+    wanted = None if variant is not None else _rows_now(out)
     folders = _variant_folders(out, variant)
+    others = [f.path.name for f in folders if wanted is not None and f.path.name not in wanted]
+    folders = [found for found in folders if found.path.name not in others]
     RunFolder(folder).open()
-    written = [_export_variant(found, folder / found.path.name) for found in folders]
+    written = [_export_variant(f, folder / f.path.name, _count(f, wanted)) for f in folders]
     lines = [
-        f"{folder / f.path.name}: {one.images} images"
+        f"{folder / f.path.name}: {_images_as_text(f, one.images, _count(f, wanted))}"
         for f, one in zip(folders, written, strict=True)
     ]
+    if others:
+        lines.append(f"not rows of this study now, and left out: {', '.join(others)}")
     return "\n".join([*lines, *_sizes_as_text(written)])
 
 
-def _export_variant(found: VariantFolder, folder: Path) -> Exported:
+def _rows_now(out: Path) -> dict[str, int] | None:
+    """The folders of the study's rows and how many images each has; None if that is not known."""
+    if not (out / ROWS).is_file():
+        return None
+    listing = read_rows(out)
+    return {row["folder"]: int(listing["images"]) for row in listing["rows"]}
+
+
+def _count(found: VariantFolder, wanted: Mapping[str, int] | None) -> int | None:
+    return None if wanted is None else wanted[found.path.name]
+
+
+def _images_as_text(found: VariantFolder, images: int, count: int | None) -> str:
+    """How many were written, and why not all that the row has."""
+    deleted = sum(len(part) for part in found.ever_finished()) - sum(map(len, found.finished()))
+    why = "; others were deleted after use (execution.keep_images)" if deleted else ""
+    if count is None or images == count:
+        return f"{images} images{why if count is None else ''}"
+    return f"{images} of {count} images{why or '; the others are not there'}"
+
+
+def _export_variant(found: VariantFolder, folder: Path, count: int | None) -> Exported:
+    """Write the images of the indices below ``count``, or all."""
     folder.mkdir(parents=True, exist_ok=True)
     written, read = list[Path](), 0
     for part in found.finished():
+        if count is not None and part.start >= count:
+            continue
         chunk = found.read_chunk(part)
         read += (found.chunks / f"{part.stem}.safetensors").stat().st_size
         for index, image in zip(part.indices, chunk.images, strict=True):
+            if count is not None and index >= count:
+                break
             array = image.permute(1, 2, 0).numpy()
             picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
             picture.save(folder / f"{index:06d}.png")
             written.append(folder / f"{index:06d}.png")
-    return Exported(len(written), sum(path.stat().st_size for path in written), read)
+    return Exported(len(set(written)), sum(path.stat().st_size for path in set(written)), read)
 
 
 def _sizes_as_text(written: Sequence[Exported]) -> list[str]:

@@ -362,9 +362,11 @@ def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, tu
     """The keys, dotted, in which two nested mappings differ, with both values as text.
 
     A mapping that stands against nothing, or against a plain value, is named by its own key alone.
+    Where both have one ``digest``, their ``source`` is a record of where the same was read from.
     """
     found = {}
-    for key in sorted(here.keys() | there.keys()):
+    same = "digest" in here and here["digest"] == there.get("digest")
+    for key in sorted((here.keys() | there.keys()) - ({"source"} if same else set())):
         one, other = here.get(key), there.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             inner = differing(one, other)

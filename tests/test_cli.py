@@ -34,6 +34,7 @@ from iec_eval.metrics.statistics import ReferenceStatistics
 from iec_eval.models.unet import FolderModel, UNet, UNetOptions
 from iec_eval.plugins import BASES
 from iec_eval.report.wording import quantity
+from iec_eval.runs import VariantFolder
 
 Cli = Callable[..., Result]
 Write = Callable[..., Path]
@@ -426,6 +427,28 @@ def test_exported_pictures_are_the_chunks(cli: Cli, finished: Path, tmp_path: Pa
         assert torch.equal(pixels[:, None], images)
         assert f"{tmp_path / name}: 10 images" in told.stdout
     assert not torch.equal(*list(pictures.values())[:2])
+
+
+def test_exported_are_the_images_of_the_table(
+    cli: Cli, finished: Path, write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another tool's FID of them would differ for no visible reason, were there others."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    fewer = ("-s", "images.count=6", "-s", f"variants={json.dumps(VARIANTS[:2])}")
+    assert cli("evaluate", write_study(tmp_path), "-o", out, *fewer).exit_code == 0
+    told = cli("export", out, tmp_path / "pictures").stdout
+    assert {name[:-9]: len(found) for name, found in exported(tmp_path / "pictures").items()} == {
+        "full-precision": 6,
+        "cached": 6,
+    }
+    assert "not rows of this study now, and left out: cached-iec-" in told
+    (row,) = out.glob("cached-????????")
+    VariantFolder(row).drop_images(VariantFolder(row).finished()[0])
+    told = cli("export", out, tmp_path / "again").stdout
+    assert "2 of 6 images; others were deleted after use (execution.keep_images)" in told
+    assert cli("export", out, tmp_path / "all", "--variant", "cached + IEC").exit_code == 0
+    assert [len(found) for found in exported(tmp_path / "all").values()] == [10]
 
 
 def test_export_says_what_1000_images_take_in_either_form(

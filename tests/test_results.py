@@ -352,6 +352,18 @@ def test_what_differs_is_named_at_the_highest_key_that_one_side_lacks() -> None:
     }
 
 
+def test_one_reference_read_from_two_places_is_one_reference() -> None:
+    source = {"statistics": "/a/reference.npz"}
+    here: dict[str, Any] = {"reference": {"digest": "d", "count": 9, "source": source}}
+    moved = {"reference": {**here["reference"], "source": {"statistics": "/b/reference.npz"}}}
+    other = {"reference": {**moved["reference"], "digest": "e"}}
+    assert differing(here, moved) == {}
+    assert differing(here, other).keys() == {
+        "reference.digest",
+        "reference.source.statistics",
+    }
+
+
 def test_bases_are_inferred_only_in_files_from_before_rows_said_so() -> None:
     rows = [row("short", 1.0), row("long + IEC", 2.0, callbacks=IEC)]
     assert inferred_bases(toy(*rows)) == {"long + IEC": "short"}
