@@ -183,6 +183,15 @@ def test_more_steps_and_a_smaller_interval_cost_the_same(name: str, plans: Plans
     assert fresher or interval == 1  # each cached row here has one
 
 
+def test_more_steps_go_over_the_same_stretch_of_noise(plans: Plans) -> None:
+    """Uniform ones, each a timestep after the other, would begin where the image shows already."""
+    row = {"name": "row", "efficiency": [{**CACHE, "interval": 5}], "callbacks": [IEC]}
+    found = plans([row], controls=["equal-cost"], sampler={"name": "ddim", "steps": 50})
+    (more,) = (plan.sampler for name, plan in found.items() if name.endswith(" steps"))
+    assert len(more.schedule) % len(more.timesteps)
+    assert more.timesteps[0] >= found["row"].sampler.timesteps[0]
+
+
 def test_of_several_numbers_of_steps_the_nearest_in_cost_is_taken(plans: Plans) -> None:
     """50 steps corrected cost 100; 98 cost the same within 2 %, and would be short of work."""
     found = plans(pair("plain"), controls=["equal-cost"], sampler={"name": "ddim", "steps": 50})
@@ -522,7 +531,7 @@ def test_rows_that_are_there_judge_and_are_not_made_twice(plans: Plans) -> None:
     rows = [*pair("cached"), pair("cachequant")[0]]
     first = plans(rows)
     steps = found_steps(first, "cached + IEC")
-    known[0]["sampler"]["steps"] = steps
+    known[0]["sampler"] = first[f"cached: {steps} steps"].experiment.sampler
     found = plans([*rows, *known])
     assert found["more"].experiment.judge_of["cached + IEC"] == "equal-cost"
     assert found["stacked"].experiment.judge_of == {"cachequant": "stacking"}

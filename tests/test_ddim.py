@@ -29,7 +29,7 @@ def test_uniform_timesteps() -> None:
 
 @pytest.mark.parametrize(("steps", "instead"), [(334, 333), (374, 333), (600, 500)])
 def test_uniform_steps_begin_where_there_is_little_but_noise(steps: int, instead: int) -> None:
-    with pytest.raises(ConfigError, match=f"take {instead} or spacing: quad"):
+    with pytest.raises(ConfigError, match=f"take {instead} or spacing: even"):
         ddim_timesteps(steps, "uniform", 1000)
     assert ddim_timesteps(instead, "uniform", 1000)[0] >= 996
     assert ddim_timesteps(375, "uniform", 1000)[0] == 748
@@ -60,6 +60,26 @@ def test_steps_that_do_nothing_leave_the_sample_as_it_is(eta: float) -> None:
     states = trajectory(ConvNet(), sampler, Noise(0, [0, 1], SHAPE))
     same = [i for i in range(100) if torch.equal(states[i], states[i + 1])]
     assert same == [93, 96, 97, 98]
+
+
+def test_even_timesteps_leave_none_of_the_noise_out() -> None:
+    for steps in (1, 2, 10, 100, 1000):
+        assert ddim_timesteps(steps, "even", 1000) == ddim_timesteps(steps, "uniform", 1000)
+    for steps in (3, 126, 145, 600, 999):
+        found = ddim_timesteps(steps, "even", 1000)
+        gaps = {now - then for now, then in itertools.pairwise(found)}
+        assert (len(found), found[-1]) == (steps, 0)
+        assert max(gaps) - min(gaps) <= 1
+        assert 1000 - found[0] <= max(gaps) + 1
+
+
+def test_other_steps_are_over_the_same_stretch_of_noise() -> None:
+    def first(number: int, **given: Any) -> float:
+        changed = ddim(steps=100, **given).other_steps(number)
+        return ddim(**{"steps": 100, **given, **changed}).timesteps[0]
+
+    assert [first(n) for n in (100, 125, 126, 145, 200)] == [990, 992, 992, 993, 995]
+    assert [first(n, spacing="quad") for n in (100, 145)] == [800, 800]
 
 
 def test_ldm_timesteps_are_the_uniform_ones_one_later() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from iec_eval.errors import Incompatible
 from iec_eval.fingerprints import ReadsFiles
 from iec_eval.noise import Draw
 from iec_eval.options import BaseOptions
@@ -69,6 +70,16 @@ class Sampler(ReadsFiles, ABC):
 
     def __init__(self, options: BaseOptions, schedule: NoiseSchedule) -> None:
         self.options, self.schedule = options, schedule
+
+    def other_steps(self, number: int) -> Mapping[str, Any]:
+        """The options to change for ``number`` steps over the same stretch of noise.
+
+        For rivals that spend a correction's work on more steps. It is ``steps``; a sampler that
+        needs more than that overrides this. Raises Incompatible if it has no such option.
+        """
+        if type(getattr(self.options, "steps", None)) is not int:
+            raise Incompatible(f"sampler {self.name!r} has no option called steps")
+        return {"steps": number}
 
     def start(self, noise: Tensor) -> State:
         """The state before the first step, from standard normal ``noise``."""

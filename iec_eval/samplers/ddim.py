@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,7 +16,7 @@ from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler, State
 from iec_eval.schedule import NoiseSchedule
 
-Spacing = Literal["uniform", "quad", "ldm"]
+Spacing = Literal["uniform", "even", "quad", "ldm"]
 LEFT_OUT = 0.25  # share of the timesteps, the noisiest, that uniform steps may leave out at most
 
 
@@ -25,7 +26,8 @@ class DDIMOptions(BaseOptions):
     steps: int = Field(100, ge=1, description="number of sampler steps T")
     spacing: Spacing = Field(
         "uniform",
-        description="uniform: every N/T-th timestep; quad: dense near the image; ldm: uniform, one "
+        description="uniform: every (N // T)-th of N timesteps; even: the same where T divides N, "
+        "and over all of them where it does not; quad: dense near the image; ldm: uniform, one "
         "later, ending at the noise of timestep 0, as latent diffusion's code does",
     )
     eta: float = Field(0.0, ge=0, description="0 is deterministic, 1 has the noise of DDPM")
@@ -42,6 +44,7 @@ class DDIM(Sampler):
 
     name = "ddim"
     Options = DDIMOptions
+    options: DDIMOptions
 
     def __init__(self, options: DDIMOptions, schedule: NoiseSchedule) -> None:
         super().__init__(options, schedule)
@@ -51,6 +54,12 @@ class DDIM(Sampler):
         last = 0 if options.spacing == "ldm" else -1
         self._abar = [schedule.abar(t) for t in (*self.timesteps, last)]
         self.levels = () if options.eta else tuple(self._abar)
+
+    def other_steps(self, number: int) -> Mapping[str, Any]:
+        """Evenly spaced ones in place of uniform ones that would leave the noisiest out."""
+        changed = super().other_steps(number)
+        leaves_out = self.options.spacing == "uniform" and len(self.schedule) % number
+        return {**changed, "spacing": "even"} if leaves_out else changed
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         now, then = self._abar[index], self._abar[index + 1]
@@ -70,8 +79,9 @@ def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[
 
     ``uniform`` is i * (N // T), i < T. Where T does not divide N the authors' code goes on to N and
     takes more steps than it was asked for (167 for T = 150); here T are taken, and the noisiest
-    N mod T timesteps left out. ``quad`` is floor(linspace(0, sqrt(0.8 N), T)^2), which repeats
-    small timesteps when T is large (T = 100 has 96 distinct ones); ``ldm`` is uniform plus one.
+    N mod T timesteps left out. ``even``, floor(i * N / T), leaves none out; the authors have none.
+    ``quad`` is floor(linspace(0, sqrt(0.8 N), T)^2), which repeats small timesteps when T is large
+    (T = 100 has 96 distinct ones); ``ldm`` is uniform plus one.
 
     Raises ConfigError for more steps than training timesteps; with ``uniform`` for a number that
     would leave out more than a quarter of them; with ``ldm`` for one that does not divide them.
@@ -87,9 +97,11 @@ def ddim_timesteps(steps: int, spacing: Spacing, train_timesteps: int) -> tuple[
                 f"ddim: {steps} uniformly spaced steps, every {every} of the model's "
                 f"{train_timesteps} timesteps, would begin with pure noise at timestep "
                 f"{(steps - 1) * every}, where the model expects an image in it; take "
-                f"{train_timesteps // (every + 1)} or spacing: quad"
+                f"{train_timesteps // (every + 1)} or spacing: even"
             )
         rising = np.arange(steps, dtype=np.float64) * every
+    elif spacing == "even":
+        rising = np.arange(steps, dtype=np.float64) * train_timesteps // steps
     else:
         rising = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
     return tuple(int(t) for t in reversed(rising))
