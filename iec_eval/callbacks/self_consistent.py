@@ -8,8 +8,8 @@ is the run as it is, but each step takes a combination of the newest predictions
 whose few numbers are fitted once: one after the other, each c_i brings the student's sample after
 step i as near as it can, in least squares over the calibration images, to the teacher's. So they
 undo at once what a cache leaves behind and what the solver loses by its long steps (there they
-come out near Adams and Bashforth's 3/2, -1/2). No full-precision network and no image of a data
-set takes part.
+come out near Adams and Bashforth's 3/2, -1/2). No other network and no image of a data set takes
+part: the teacher of a quantized network is quantized, that of a cached one is what it caches.
 """
 
 from __future__ import annotations
