@@ -104,6 +104,11 @@ def full_steps(
     return plan.full_steps({i: obtain(*keyed[i], None, store) for i in scheduling})
 
 
+def uncalibrated(plan: Plan, store: RunFolder) -> list[str]:
+    """Names of the parts that are not calibrated yet, in order."""
+    return [part.name for part, key in artifact_keys(plan) if not store.has(key)]
+
+
 def missing_for_schedule(plan: Plan, store: RunFolder) -> list[str]:
     """Parts that have to be calibrated before it is known which steps run the whole network."""
     keyed = _keyed(plan)[: max(_scheduling(plan), default=-1) + 1]

@@ -87,6 +87,7 @@ def test_the_price_is_told_first(analyzed: tuple[Path, Result]) -> None:
     assert told.startswith("To do: ")
     assert "products with Jacobians" in told
     assert "ms each, timed at full precision" in told
+    assert "calibration comes on top: quantized + IEC (timestep-quantizer)" in told
 
 
 def test_each_piece_of_work_is_counted_by_itself(analyzed: tuple[Path, Result]) -> None:
@@ -291,6 +292,27 @@ def test_nothing_is_recommended_that_a_launch_refuses(
     assert result.exit_code == 0, result.output
     assert "no step to measure" in result.stdout
     assert "left out: a step of its method takes two evaluations" in result.stdout
+
+
+def test_a_row_whose_steps_are_not_affine_lacks_its_norms_alone(
+    write_study: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    cached = {"efficiency": [{"name": "deepcache", "interval": 3, "cut": 2}]}
+    rows = [
+        {"name": "clipped", **cached, "sampler": {"clip_sample": True}},
+        {"name": "plain", **cached},
+    ]
+    study = write_study(tmp_path, variants=rows)
+    asked = ["analyze", study, "-o", tmp_path, "--images", "2", *SMALL]
+    result = cli(*asked, "--what", "spectral,growth")
+    assert result.exit_code == 0, result.output
+    analysis = tmp_path / "analysis"
+    clipped, plain = (content(analysis, row, "spectral") for row in ("clipped", "plain"))
+    assert clipped["steps"] == [] != plain["steps"]
+    assert "clips the predicted image" in clipped["left_out_because"]
+    assert result.stderr.count("switch clipping off to analyze the row. No norms of it") == 1
+    for row in ("clipped", "plain"):
+        assert content(analysis, row, "growth")["series"]
 
 
 def test_a_second_run_computes_nothing(
@@ -554,7 +576,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--rows", "cashed"], "unknown row 'cashed'; did you mean 'cached'"),
     (["--what", "groth"], "unknown part of the analysis 'groth'; did you mean 'growth'"),
     (["--rows", "cached", "--what", "ablation"], "none of the rows cached has a corrector"),
-    (["-s", "sampler.clip_sample=true", "--images", "2"], "clips the predicted image"),
+    (["-s", "sampler.clip_sample=true", "--what", "spectral"], "clips the predicted image"),
     (["--images", "5"], "5 images wanted, which are denoised together"),
     (["--lambdas", "0"], "wanted numbers above 0"),
     (["--budget", "-1"], "--budget"),

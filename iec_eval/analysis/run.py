@@ -31,9 +31,16 @@ from iec_eval.analysis.bench import (
 )
 from iec_eval.analysis.pieces import Pieces, step_name
 from iec_eval.analysis.question import Question
-from iec_eval.assembly import missing_for_schedule
+from iec_eval.assembly import missing_for_schedule, uncalibrated
 from iec_eval.cost import EvaluationCost, Uncounted, evaluation_costs, expected_evaluations
-from iec_eval.errors import ConfigError, CorruptFile, StorageError, UnknownName, one_line
+from iec_eval.errors import (
+    ConfigError,
+    CorruptFile,
+    Incompatible,
+    StorageError,
+    UnknownName,
+    one_line,
+)
 from iec_eval.jobs import Job
 from iec_eval.noise import Noise
 from iec_eval.planning import Plan
@@ -69,6 +76,7 @@ class Analysis:
     progress: Progress = field(default_factory=lambda: Progress("steps"))
     failures: dict[str, str] = field(default_factory=dict)
     affine: dict[str, list[AffineStep]] = field(default_factory=dict)
+    without_norms: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -115,8 +123,9 @@ def analyze(
     Returns that as text, and whether every row could be measured: one that cannot leaves its error
     in its folder and the others alone.
 
-    Raises UnknownName for a row that is none, Incompatible for a sampler without A and B,
-    ConfigError for a question that cannot be answered: all before anything expensive.
+    Raises UnknownName for a row that is none, Incompatible if only norms were asked for and no
+    sampler has A and B, ConfigError for a question that cannot be answered: all before anything
+    expensive.
     """
     rows = _rows(jobs, run, question, tell)
     asked = Analysis(study, run, registry, question, rows, _with_twins(rows, registry, run), tell)
@@ -220,8 +229,7 @@ def _with_schedules(asked: Analysis, bench: Bench) -> Analysis:
 
 def _check(asked: Analysis) -> None:
     if asked.wants("spectral"):
-        for subject in asked.subjects:
-            asked.affine[subject.plan.fingerprint] = affine_steps(subject.plan)
+        _find_coefficients(asked)
     for row in asked.rows if asked.wants("residuals") or asked.wants("ablation") else []:
         if isinstance(cost := _cost(row), Uncounted):
             asked.tell(
@@ -238,6 +246,22 @@ def _check(asked: Analysis) -> None:
     asked.question.check(asked.study.execution.batch_size)
 
 
+def _find_coefficients(asked: Analysis) -> None:
+    """A and B of each subject; one whose sampler has none has no norms, but all else.
+
+    Raises Incompatible if that leaves nothing to do.
+    """
+    for subject in asked.subjects:
+        try:
+            asked.affine[subject.plan.fingerprint] = affine_steps(subject.plan)
+        except Incompatible as error:
+            asked.without_norms[subject.plan.fingerprint] = str(error)
+            if subject in asked.rows:
+                asked.tell(f"{error}. No norms of it")
+    if not asked.affine and list(asked.question.parts) == ["spectral"]:
+        raise Incompatible(next(iter(asked.without_norms.values())))
+
+
 def _missing(asked: Analysis) -> list[Work]:
     work = list[Work]()
     if asked.wants("spectral"):
@@ -250,7 +274,9 @@ def _missing(asked: Analysis) -> list[Work]:
 
 
 def _spectral_work(asked: Analysis, subject: Subject) -> Work | None:
-    question, affine = asked.question, asked.affine[subject.plan.fingerprint]
+    question, affine = asked.question, asked.affine.get(subject.plan.fingerprint)
+    if affine is None:
+        return None
     pieces = spectral.pieces_of(subject, question)
     wanted = spectral.measurable(subject, affine, question.spectral_steps(subject.total))
     lacking = [index for index in wanted if pieces.read(step_name(index)) is None]
@@ -334,7 +360,7 @@ def _price(asked: Analysis, work: Sequence[Work], bench: Bench) -> str:
     told = (
         f"To do: {evaluations:,} network evaluations of one image in {len(work)} trajectories, "
         f"about {writing.duration(least)} ({1000 * seconds:.3g} ms each, timed at full precision; "
-        "simulated bits take longer, calibration comes on top)"
+        f"simulated bits take longer{_calibrations(asked, work)})"
     )
     if not products:
         return told
@@ -344,6 +370,13 @@ def _price(asked: Analysis, work: Sequence[Work], bench: Bench) -> str:
         f"Jacobians, at most {most} more: searches that converge, as most do within 30 "
         f"iterations of {asked.question.iterations}, end early"
     )
+
+
+def _calibrations(asked: Analysis, work: Sequence[Work]) -> str:
+    """What has to be calibrated first, which no price is known of."""
+    lacking = ((one.subject.name, uncalibrated(one.plan, asked.run)) for one in work)
+    told = dict.fromkeys(f"{name} ({', '.join(parts)})" for name, parts in lacking if parts)
+    return f"; calibration comes on top: {', '.join(told)}" if told else ""
 
 
 def _seconds_per_evaluation(asked: Analysis, bench: Bench) -> float:
@@ -423,12 +456,15 @@ def _ablation_results(asked: Analysis) -> Path:
 
 
 def _spectral_result(asked: Analysis, subject: Subject) -> dict[str, Any]:
-    affine = asked.affine[subject.plan.fingerprint]
+    affine = asked.affine.get(subject.plan.fingerprint)
     wanted = asked.question.spectral_steps(subject.total)
-    steps = spectral.measurable(subject, affine, wanted)
+    steps = [] if affine is None else spectral.measurable(subject, affine, wanted)
     pieces = _finished(spectral.pieces_of(subject, asked.question), steps)
     found = spectral.summary(subject, pieces, asked.question)
-    reason = subject.plan.sampler.uncorrectable or "their prediction takes two evaluations"
+    reason = asked.without_norms.get(subject.plan.fingerprint)
+    reason = (
+        reason or subject.plan.sampler.uncorrectable or "their prediction takes two evaluations"
+    )
     return {**found, "left_out": sorted(set(wanted) - set(steps)), "left_out_because": reason}
 
 
