@@ -525,6 +525,15 @@ def test_the_plot_survives_any_name_and_leaves_unfinished_rows_out() -> None:
     assert "gone" not in svg
 
 
+def test_a_plot_has_no_more_digits_than_can_be_seen() -> None:
+    svg = quality_plot(small())
+    assert svg is not None
+    drawn = re.findall(r' (?:d|x|y)="([^"]*)"', svg)
+    assert drawn
+    assert not re.findall(r"\d\.\d\d", " ".join(drawn))
+    assert "\n " not in svg
+
+
 def label_boxes(svg: str, beginning: str) -> list[tuple[float, float, float, float]]:
     """Left, top, right and bottom of the labels, with letters 5 units wide and 8 high."""
     form = r'text-anchor: (\w+)[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*>(' + beginning + "[^<]*)<"

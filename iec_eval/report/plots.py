@@ -50,6 +50,8 @@ _OUTSIDE = 20.0  # how much worse it is for a label to be cut off than to cover 
 _NEAR = 14.0  # points: a label further from its point is tied to it by a line
 _ARROW_PARTS = 24  # places along an arrow that labels avoid
 _NAMED = 14  # points: more have numbers for names, as have fewer where names find no room
+_COORDINATES = re.compile(r'(?<= )(?:d|x|y)="[^"]*"')
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 _DECADES = 10.0  # a larger ratio of best and worst needs a logarithmic axis
 
 
@@ -249,13 +251,21 @@ def _svg(figure: Figure, points: Sequence[Point]) -> str:
 
 
 def figure_as_svg(figure: Figure) -> str:
-    """One ``<svg>`` element, the same bytes for the same figure; ink follows the page's theme."""
+    """One ``<svg>`` element, the same bytes for the same figure; ink follows the page's theme.
+
+    Coordinates, in points, have one decimal and lines no indentation, which saves a third.
+    """
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     # from the element on: an XML prologue and a document type have no place inside a page
-    return re.sub(INK, "currentColor", svg[svg.index("<svg") :])
+    svg = re.sub(INK, "currentColor", svg[svg.index("<svg") :])
+    return re.sub(r"\n +", "\n", _COORDINATES.sub(_rounded, svg))
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    return _DECIMAL.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), attribute[0])
 
 
 def _place_labels(figure: Figure, points: Sequence[Point]) -> None:
