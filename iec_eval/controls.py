@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from iec_eval.assembly import check_fit
 from iec_eval.cost import evaluation_cost
 from iec_eval.errors import ConfigError
-from iec_eval.fingerprints import identity
+from iec_eval.fingerprints import Identified, digest, identity
 from iec_eval.planning import Plan, Planner, planner
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
@@ -63,6 +63,7 @@ def plan_with_controls(
         table.add_controls(row, wanted)
     if "full-precision" in wanted:
         table.compare_with_full_precision()
+    table.compare_corrected_alike()
     return [row.planned() for row in table.rows()]
 
 
@@ -113,6 +114,18 @@ class _Table:
             plain = not row.plan.methods and not row.plan.callbacks
             if not plain and identity(row.plan.sampler) == sampler:
                 judge.judge_of.setdefault(row.name, "full-precision")
+
+    def compare_corrected_alike(self) -> None:
+        """Have full precision with a correction judge every method with the same one.
+
+        What the method loses with the correction on both sides, beside what it loses without, says
+        whether the correction mends the method or does the same to any network.
+        """
+        judges = {_correction(row.plan): row for row in self.own if not row.plan.methods}
+        for row in self.rows():
+            judge = judges.get(_correction(row.plan)) if row.plan.callbacks else None
+            if judge is not None and row.plan.methods:
+                judge.judge_of.setdefault(row.name, "corrected-alike")
 
     def add_controls(self, row: _Row, wanted: Sequence[Control]) -> None:
         """Add the controls of one of the study's own rows, of the kinds that are wanted."""
@@ -217,6 +230,12 @@ class _Table:
         methods = plan.experiment.efficiency
         if all(row.plan.experiment.efficiency != methods for row in self.rows()):
             check_fit(plan)
+
+
+def _correction(plan: Plan) -> str:
+    """The callbacks, and the sampler whose steps they correct."""
+    parts: list[Identified] = [plan.sampler, *plan.callbacks]
+    return digest([identity(part) for part in parts])
 
 
 def _without_callbacks(row: Experiment) -> Experiment:

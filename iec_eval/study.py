@@ -27,7 +27,9 @@ Part = dict[str, Any]
 Control = Literal[
     "full-precision", "full-precision+iec", "equal-cost", "zero-cost", "halves", "naive-stacking"
 ]
-Relation = Literal["base", "equal-cost", "zero-cost", "half", "stacking", "full-precision"]
+Relation = Literal[
+    "base", "equal-cost", "zero-cost", "half", "stacking", "full-precision", "corrected-alike"
+]
 ROLES: Mapping[Relation, str] = {
     "base": "base",
     "equal-cost": "equal-cost rival",
@@ -35,6 +37,7 @@ ROLES: Mapping[Relation, str] = {
     "half": "half",
     "stacking": "naive stacking",
     "full-precision": "full precision",
+    "corrected-alike": "full precision corrected alike",
 }
 """What a row is called by the row that it judges."""
 CALIBRATION_BATCH = 64

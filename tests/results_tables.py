@@ -41,6 +41,7 @@ KINDS: Mapping[Relation, str] = {
     "zero-cost": "no evaluation",
     "half": "a half of IEC",
     "full-precision": "full precision",
+    "corrected-alike": "full precision corrected alike",
 }
 FREE = ("scale-matched", "self-consistent")
 AGAIN = "-version3"  # results of rows that were run again when a part of theirs had changed

@@ -631,6 +631,20 @@ def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
     assert rivals(every, "full precision + IEC")  # which is a corrected row too
 
 
+def test_full_precision_corrected_alike_judges_what_is_corrected_alike(plans: Plans) -> None:
+    twice = {"name": "twice", "efficiency": [CACHE], "callbacks": [{**IEC, "weights": [0.5, 0.5]}]}
+    other = {"name": "other steps", "sampler": {"steps": 10}, "extends": "cached + IEC"}
+    found = plans([*pair("cached"), *pair("cachequant"), twice, other])
+    judged = found["full precision + IEC"].experiment.judge_of
+    assert {name for name, relation in judged.items() if relation == "corrected-alike"} == {
+        "cached + IEC",
+        "cachequant + IEC",
+    }
+    assert "corrected-alike" not in found["full precision"].experiment.judge_of.values()
+    some = judges(plans(pair("cached"), controls=["full-precision"]))
+    assert "corrected-alike" not in {r for relations in some.values() for r in relations.values()}
+
+
 def test_without_a_list_only_what_applies_is_added(plans: Plans) -> None:
     assert added(plans([{"name": "cached", "efficiency": [CACHE]}])) == ["full precision"]
     own = [{"name": "mine"}, {"name": "my IEC", "callbacks": [IEC]}]

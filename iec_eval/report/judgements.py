@@ -23,6 +23,7 @@ RELATIONS: Mapping[Relation, str] = {
     "half": "a part of what the callback does",
     "stacking": "the parts put one on the other",
     "full-precision": "full precision",
+    "corrected-alike": "full precision with the same correction",
 }
 RIVALS: tuple[Relation, ...] = ("equal-cost", "zero-cost", "half")
 _JUDGES: Mapping[Against, str] = {"base": "base", "equal-cost": "rivals"}

@@ -24,6 +24,7 @@ _ROLES: dict[Relation, str] = {
     "half": "the best half of the callback",
     "stacking": "its parts stacked",
     "full-precision": "the reference",
+    "corrected-alike": "the reference corrected alike,",
 }
 _NO_RIVAL = {
     "controls off": "controls are off",
