@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -14,14 +15,18 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from torch import Tensor
 
 from iec_eval.analysis import ablation, growth, residuals
 from iec_eval.analysis.bench import Bench, Subject, corrected_twin, full_precision_twin
 from iec_eval.analysis.pieces import Pieces
 from iec_eval.analysis.run import analyzed_folders
 from iec_eval.assembly import calibrate, missing_artifacts
+from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.cost import evaluation_cost, expected_evaluations
+from iec_eval.denoising import Step
 from iec_eval.noise import Noise
+from iec_eval.options import BaseOptions
 from iec_eval.planning import Plan
 from iec_eval.plugins import load_registry
 from iec_eval.progress import Progress
@@ -122,6 +127,48 @@ def test_norms(analyzed: tuple[Path, Result]) -> None:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "2", "4"]
     assert float(rows[0]["norm_A_I_plus_B_J"]) > 0
+
+
+class _Dense(DenoisingCallback):
+    """Spectral norms of the Jacobian at each step, from all its entries; also of a full step."""
+
+    name = "dense"
+
+    def __init__(self) -> None:
+        super().__init__(BaseOptions())
+        self.found: dict[int, tuple[float, float]] = {}
+
+    def refine(self, step: Step, prediction: Tensor) -> Tensor:
+        norms = []
+        for full in (None, True):
+            predict = functools.partial(step.predict, full=full, store=False)
+            with torch.enable_grad():
+                entries = torch.autograd.functional.jacobian(predict, step.sample)
+            size = step.sample.numel()
+            norms.append(torch.linalg.matrix_norm(entries.reshape(size, size).double(), 2).item())
+        self.found[step.index] = (norms[0], norms[1])
+        return prediction
+
+
+def test_norms_are_those_of_the_network_as_deployed(
+    study: Path, analyzed: tuple[Path, Result]
+) -> None:
+    """A cached step is that of the cheap path, a quantized network is not the one it came from."""
+    analysis, _ = analyzed
+    bench = Bench(RunFolder(analysis.parent), torch.device("cpu"), Progress("", visible=False))
+    plans = {plan.experiment.name: plan for plan in plan_study(load(str(study)), load_registry())}
+    norms = {}
+    for name, folder in (("cached", "cached"), ("quantized + IEC", "quantized-iec")):
+        dense = _Dense()
+        bench.run(plans[name], 1, before=[dense])
+        for step in content(analysis, folder, "spectral")["steps"]:
+            norms[name, step["step"]] = step["norms"]["jacobian"][0]["value"]
+            deployed, full = dense.found[step["step"]]
+            assert norms[name, step["step"]] == pytest.approx(deployed, rel=1e-3)
+            assert step["full"] or deployed != pytest.approx(full, rel=1e-2)
+    plain = content(analysis, "full-precision", "spectral")["steps"][0]["norms"]["jacobian"][0]
+    assert norms["cached", 0] == pytest.approx(plain["value"], rel=1e-4)  # the same noise, and full
+    assert norms["quantized + IEC", 0] != pytest.approx(plain["value"], rel=1e-3)
 
 
 def test_growth(analyzed: tuple[Path, Result]) -> None:
