@@ -40,10 +40,6 @@ class Scored:
     directions: Mapping[str, bool]
     apart: frozenset[str] = frozenset()
 
-    def compared(self) -> dict[str, Estimate]:
-        """The estimates that comparisons with other rows are made of."""
-        return {name: one for name, one in self.estimates.items() if name not in self.apart}
-
 
 @dataclass(frozen=True)
 class _Batches:
@@ -104,13 +100,18 @@ def evaluate(
 def _told_apart(
     found: Sequence[tuple[Metric, dict[str, Estimate]]],
 ) -> list[tuple[Metric, dict[str, Estimate]]]:
-    """The numbers under names of their own: one that is taken is followed by its metric's."""
-    taken, apart = set[str](), []
-    for (metric, numbers), label in zip(found, _labels([m for m, _ in found]), strict=True):
-        named = {f"{n} ({label})" if n in taken else n: one for n, one in numbers.items()}
-        taken.update(named)
-        apart.append((metric, named))
-    return apart
+    """The numbers under names of their own: one that is taken is followed by its metric's.
+
+    Paired metrics come last, as they have none in some rows: the others are called alike in all.
+    """
+    labels = _labels([metric for metric, _ in found])
+    taken, named = set[str](), dict[str, dict[str, Estimate]]()
+    paired = [isinstance(metric, PairedMetric) for metric, _ in found]
+    for place in sorted(range(len(found)), key=paired.__getitem__):
+        label, numbers = labels[place], found[place][1]
+        named[label] = {f"{n} ({label})" if n in taken else n: x for n, x in numbers.items()}
+        taken.update(named[label])
+    return [(metric, named[label]) for (metric, _), label in zip(found, labels, strict=True)]
 
 
 def score(
@@ -146,24 +147,19 @@ def score(
     finally:
         for metric in metrics:
             metric.reset()
-    apart, unlike = _apart(job, base, found)
-    uncounted = f"MACs not counted, {cost.reason}" if isinstance(cost, Uncounted) else None
-    said = "; ".join(filter(None, [lacking, unlike, uncounted])) or None
+    notes = [lacking, f"MACs not counted, {cost.reason}" if isinstance(cost, Uncounted) else None]
+    said = "; ".join(filter(None, notes)) or None
     scored = row.model_copy(update={"metrics": measured, "cost": expense, "error": said})
-    return Scored(scored, estimates, _directions(found), apart)
+    return Scored(scored, estimates, _directions(found), _apart(job, base, found))
 
 
 def _apart(
     job: Job, base: Job | None, found: Sequence[tuple[Metric, Mapping[str, Estimate]]]
-) -> tuple[frozenset[str], str | None]:
-    """The numbers that no comparison may rest on, and why."""
+) -> frozenset[str]:
+    """The numbers that no comparison within the study may rest on."""
     if base is None or identity(base.plan.sampler) == identity(job.plan.sampler):
-        return frozenset(), None
-    paired = {m.name: numbers for m, numbers in found if isinstance(m, PairedMetric) and numbers}
-    if not paired:
-        return frozenset(), None
-    why = f"in no verdict, as the row compared with, {base.name!r}, has another sampler"
-    return frozenset(chain(*paired.values())), f"{', '.join(paired)}: {why}"
+        return frozenset()
+    return frozenset(chain(*(one for metric, one in found if isinstance(metric, PairedMetric))))
 
 
 def _evaluated(

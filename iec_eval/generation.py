@@ -72,12 +72,12 @@ class GenerationModule(LightningModule):
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
 
     def on_predict_start(self) -> None:
-        # Lightning's own handlers wait for the other processes, which may be gone
-        self._stop.listen()
         launcher = self.trainer.strategy.launcher
         if isinstance(launcher, ranks.Launcher):
             launcher.met.set()
             self._stop.pass_on_to(launcher.kill)
+        # Lightning's own handlers wait for the other processes, which may be gone
+        self._stop.listen()
         self._progress.visible = self._progress.visible and processes.leads()
         if self._progress.visible:
             self._queue.tell = self._progress.left

@@ -34,6 +34,7 @@ def export(out: Path, folder: Path, variant: str | None) -> str:
     others = [f.path.name for f in folders if wanted is not None and f.path.name not in wanted]
     folders = [found for found in folders if found.path.name not in others]
     RunFolder(folder).open()
+    _refuse_others(folder, {f.path.name: _count(f, wanted) for f in folders})
     written = [_export_variant(f, folder / f.path.name, _count(f, wanted)) for f in folders]
     lines = [
         f"{folder / f.path.name}: {_images_as_text(f, one.images, _count(f, wanted))}"
@@ -42,6 +43,14 @@ def export(out: Path, folder: Path, variant: str | None) -> str:
     if others:
         lines.append(f"not rows of this study now, and left out: {', '.join(others)}")
     return "\n".join([*lines, *_sizes_as_text(written)])
+
+
+def _refuse_others(folder: Path, counts: Mapping[str, int | None]) -> None:
+    """Raise ConfigError if the folder has pictures of another export, which would mix in."""
+    for path in sorted(folder.glob("*/*.png")):
+        row, count = path.parent.name, counts.get(path.parent.name)
+        if row not in counts or (count is not None and path.stem >= f"{count:06d}"):
+            raise ConfigError(f"{path}: is of another export; wanted an empty folder, or a new one")
 
 
 def _rows_now(out: Path) -> dict[str, int] | None:

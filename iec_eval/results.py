@@ -7,7 +7,7 @@ a number is missing by accident.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,11 +234,17 @@ def _problem(problem: Mapping[str, object]) -> str:
     return f"{path}: {problem['msg']}" if path else str(problem["msg"])
 
 
-def with_deltas(results: Results, bases: Mapping[str, str | None] | None = None) -> Results:
+def with_deltas(
+    results: Results,
+    bases: Mapping[str, str | None] | None = None,
+    *,
+    apart: Mapping[str, Collection[str]] | None = None,
+) -> Results:
     """Fill in each row's difference to its base; differences that are there already stay.
 
     ``bases`` names the base of a row, or None for no base; rows it does not mention get theirs
     from :func:`inferred_bases`. Only finished rows are compared: a partial one has other images.
+    ``apart`` are the numbers of each row that are compared with no other's.
 
     Raises ConfigError for a name that is not a row.
     """
@@ -249,7 +255,10 @@ def with_deltas(results: Results, bases: Mapping[str, str | None] | None = None)
         raise ConfigError(
             f"deltas: no row named {', '.join(map(repr, unknown))} (rows: {', '.join(rows)})"
         )
-    variants = [_with_delta(row, rows.get(chosen.get(row.name) or "")) for row in results.variants]
+    variants = [
+        _with_delta(row, rows.get(chosen.get(row.name) or ""), (apart or {}).get(row.name, ()))
+        for row in results.variants
+    ]
     return results.model_copy(update={"variants": variants})
 
 
@@ -284,11 +293,11 @@ def inferred_bases(results: Results) -> dict[str, str]:
     return {**found, **named}
 
 
-def _with_delta(row: Variant, base: Variant | None) -> Variant:
+def _with_delta(row: Variant, base: Variant | None, apart: Collection[str]) -> Variant:
     if base is None or base is row or {row.status, base.status} != {"done"}:
         return row
     metrics = {
-        name: _against(measured, base.name, base.metrics.get(name))
+        name: measured if name in apart else _against(measured, base.name, base.metrics.get(name))
         for name, measured in row.metrics.items()
     }
     return row.model_copy(update={"metrics": metrics})

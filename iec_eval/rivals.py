@@ -115,13 +115,14 @@ def more_steps(row: Counted) -> Experiment:
     Raises Incompatible if there is no such number, or no option ``steps``.
     """
     sampler = row.base.sampler
-    steps = getattr(sampler.options, "steps", len(sampler.timesteps))
+    given = getattr(sampler.options, "steps", None)
+    steps = given if type(given) is int else len(sampler.timesteps)
     sampler.other_steps(steps)  # one that cannot be asked says so
     below, last, refusal = row.base.experiment, steps, ""
     for number in range(steps + 1, _most_steps(row, steps) + 1):
         try:
-            given = {**row.base.experiment.sampler, **sampler.other_steps(number)}
-            experiment = row.without(f"{number} steps", sampler=given)
+            options = {**row.base.experiment.sampler, **sampler.other_steps(number)}
+            experiment = row.without(f"{number} steps", sampler=options)
             macs = _macs_of_steps(row, experiment)
         except Exception as error:  # whatever a sampler says to a number it does not like
             refusal = f"; {error}"

@@ -143,12 +143,12 @@ def _scored(session: Session) -> tuple[Results, Estimates]:
     costs = evaluation_costs([job.plan for job in session.firsts])
     bases = _full_precision_jobs(session)
     rows, directions = [], dict[str, bool]()
-    estimates = dict[str, Mapping[str, Estimate]]()
+    estimates, apart = dict[str, Mapping[str, Estimate]](), dict[str, frozenset[str]]()
     for jobs, cost in zip(session.rows, costs, strict=True):
         scored = _scored_row(session, jobs, bases, cost, progress)
         name = scored.row.name
         rows.append(scored.row.model_copy(update=session.study.remarks(name)))
-        estimates[name] = scored.compared()
+        estimates[name], apart[name] = scored.estimates, scored.apart
         directions |= scored.directions
     progress.close()
     results = Results(
@@ -160,8 +160,12 @@ def _scored(session: Session) -> tuple[Results, Estimates]:
         controls=list(session.study.wanted_controls()),
         variants=rows,
     )
-    results = with_deltas(with_relative_costs(results))
-    return with_comparisons(results, estimates), estimates
+    results = with_deltas(with_relative_costs(results), apart=apart)
+    compared = {
+        row: {name: one for name, one in numbers.items() if name not in apart[row]}
+        for row, numbers in estimates.items()
+    }
+    return with_comparisons(results, compared), estimates
 
 
 def _full_precision_jobs(session: Session) -> list[Job]:

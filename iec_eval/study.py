@@ -339,20 +339,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Plain values of YAML text; what is named by an anchor is copied wherever an alias stands.
+    """Plain values of YAML text; what an anchor names is one value, wherever an alias stands.
 
-    Raises yaml.YAMLError for text that is none, for repeated keys and for a value inside itself.
+    Raises yaml.YAMLError for text that is none and for repeated keys.
     """
-    try:
-        return _unshared(yaml.load(text, Loader=_Loader))  # a SafeLoader
-    except RecursionError:
-        raise yaml.YAMLError("values are nested too deeply, or one is inside itself") from None
-
-
-def _unshared(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _unshared(one) for key, one in value.items()}
-    return [_unshared(one) for one in value] if isinstance(value, list) else value
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def find(source: str) -> Path:

@@ -443,6 +443,10 @@ def test_exported_are_the_images_of_the_table(
         "cached": 6,
     }
     assert "not rows of this study now, and left out: cached-iec-" in told
+    assert cli("export", out, tmp_path / "pictures").exit_code == 0
+    assert cli("export", finished, tmp_path / "before").exit_code == 0
+    mixed = refusal(cli("export", out, tmp_path / "before"))
+    assert "000006.png: is of another export; wanted an empty folder" in mixed
     (row,) = out.glob("cached-????????")
     VariantFolder(row).drop_images(VariantFolder(row).finished()[0])
     told = cli("export", out, tmp_path / "again").stdout

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from helpers import SCHEDULE, ConvNet, ddim, run, trajectory
 from torch import Tensor, nn
 
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import Draw, Noise
 from iec_eval.samplers.ddim import ddim_coefficients, ddim_sigma, ddim_timesteps
 
@@ -80,6 +80,9 @@ def test_other_steps_are_over_the_same_stretch_of_noise() -> None:
 
     assert [first(n) for n in (100, 125, 126, 145, 200)] == [990, 992, 992, 993, 995]
     assert [first(n, spacing="quad") for n in (100, 145)] == [800, 800]
+    assert ddim(steps=30).other_steps(59) == {"steps": 59, "spacing": "even"}
+    with pytest.raises(Incompatible, match=r"150 uniform steps leave out the noisiest 100 of 1000"):
+        ddim(steps=150).other_steps(290)
 
 
 def test_ldm_timesteps_are_the_uniform_ones_one_later() -> None:

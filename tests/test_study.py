@@ -111,13 +111,6 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         study(tmp_path, "images={count: 3, count: 4}")
 
 
-def test_a_value_inside_itself_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "study.yaml"
-    path.write_text("study: &a [*a]\n")
-    with pytest.raises(ConfigError, match="inside itself"):
-        load(str(path))
-
-
 def test_merged_keys_may_be_replaced() -> None:
     assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
@@ -145,14 +138,14 @@ def test_overrides_are_typed_as_yaml_and_reach_lists(tmp_path: Path) -> None:
     assert read.execution.threads is None
 
 
-def test_an_override_changes_the_row_that_it_names_alone(tmp_path: Path) -> None:
+def test_an_override_reaches_all_rows_that_share_what_it_changes(tmp_path: Path) -> None:
+    """By an anchor: so one override turns the IEC of every row of a paper's study."""
     path = tmp_path / "study.yaml"
-    content = {**CONTENT, "variants": []}
-    rows = "- {name: a, efficiency: &c [{name: deepcache, interval: 5}]}\n"
-    rows += "- {name: b, efficiency: *c}"
-    path.write_text(yaml.safe_dump(content).replace("variants: []", f"variants:\n{rows}"))
-    a, b = load(str(path), ["variants.0.efficiency.0.interval=2"]).variants
-    assert [row.efficiency[0]["interval"] for row in (a, b) if row.efficiency] == [2, 5]
+    rows = "- {name: a, callbacks: &c [{name: iec}]}\n- {name: b, callbacks: *c}"
+    content = yaml.safe_dump({**CONTENT, "variants": []})
+    path.write_text(content.replace("variants: []", f"variants:\n{rows}"))
+    a, b = load(str(path), ["variants.0.callbacks.0.preset=official_ddim"]).variants
+    assert a.callbacks == b.callbacks == [{"name": "iec", "preset": "official_ddim"}]
 
 
 def test_overrides_make_keys_that_are_not_there_and_the_last_wins(tmp_path: Path) -> None:

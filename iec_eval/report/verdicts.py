@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iec_eval.report.judgements import absent, is_rival, strongest, why_missing
+from iec_eval.report.judgements import RIVALS, absent, is_rival, strongest, why_missing
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
@@ -97,9 +97,19 @@ class _Clerk:
             why = why_missing(row, "equal-cost", self._results)
             reason = _NO_RIVAL.get(why, f"none could be compared in {self._metric}")
             clauses.append(f"no equal-cost rival: {reason}")
-        if missing := absent(row, self._results):
+        missing = [*absent(row, self._results), *self._uncompared(row, found)]
+        if missing:
             clauses.append(f"not held against {', '.join(missing)}")
         return f"{self._shown(row)}: {'; '.join(clauses)}."
+
+    def _uncompared(self, row: Variant, found: Sequence[Comparison]) -> list[str]:
+        """Finished rivals that have the metric but are no match for the row in it."""
+        compared = {one.versus for one in found}
+        return [
+            f"{other.name} ({self._metric} is to images of other steps)"
+            for other in self._rows.values()
+            if found and other.judge_of.get(row.name) in RIVALS and other.name not in compared
+        ]
 
     def _strongest(self, found: Sequence[Comparison]) -> list[Comparison]:
         """Of each kind the comparison with the best row, which is this row's least gain."""

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import Draw
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler, State
@@ -56,10 +56,20 @@ class DDIM(Sampler):
         self.levels = () if options.eta else tuple(self._abar)
 
     def other_steps(self, number: int) -> Mapping[str, Any]:
-        """Evenly spaced ones in place of uniform ones that would leave the noisiest out."""
+        """Evenly spaced ones in place of uniform ones that would leave the noisiest out.
+
+        Raises Incompatible if its own steps leave them out.
+        """
         changed = super().other_steps(number)
-        leaves_out = self.options.spacing == "uniform" and len(self.schedule) % number
-        return {**changed, "spacing": "even"} if leaves_out else changed
+        own, length = self.options.steps, len(self.schedule)
+        if self.options.spacing != "uniform":
+            return changed
+        if length % own >= length // own:
+            raise Incompatible(
+                f"{own} uniform steps leave out the noisiest {length % own} of {length} timesteps, "
+                f"and other numbers would not; take one that divides {length}, or spacing: even"
+            )
+        return {**changed, "spacing": "even"} if length % number else changed
 
     def step(self, state: State, index: int, prediction: Tensor, draw: Draw) -> State:
         now, then = self._abar[index], self._abar[index + 1]
