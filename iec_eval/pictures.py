@@ -33,13 +33,13 @@ def export(out: Path, folder: Path, variant: str | None) -> str:
     folders = _variant_folders(out, variant)
     others = [f.path.name for f in folders if wanted is not None and f.path.name not in wanted]
     folders = [found for found in folders if found.path.name not in others]
+    counts = {found.path.name: (wanted or {}).get(found.path.name) for found in folders}
     RunFolder(folder).open()
-    _refuse_others(folder, {f.path.name: _count(f, wanted) for f in folders})
-    written = [_export_variant(f, folder / f.path.name, _count(f, wanted)) for f in folders]
-    lines = [
-        f"{folder / f.path.name}: {_images_as_text(f, one.images, _count(f, wanted))}"
-        for f, one in zip(folders, written, strict=True)
-    ]
+    _refuse_others(folder, counts)
+    written, lines = list[Exported](), list[str]()
+    for found, (name, count) in zip(folders, counts.items(), strict=True):
+        written.append(_export_variant(found, folder / name, count))
+        lines.append(f"{folder / name}: {_images_as_text(found, written[-1].images, count)}")
     if others:
         lines.append(f"not rows of this study now, and left out: {', '.join(others)}")
     return "\n".join([*lines, *_sizes_as_text(written)])
@@ -61,10 +61,6 @@ def _rows_now(out: Path) -> dict[str, int] | None:
     return {row["folder"]: int(listing["images"]) for row in listing["rows"]}
 
 
-def _count(found: VariantFolder, wanted: Mapping[str, int] | None) -> int | None:
-    return None if wanted is None else wanted[found.path.name]
-
-
 def _images_as_text(found: VariantFolder, images: int, count: int | None) -> str:
     """How many were written, and why not all that the row has."""
     deleted = sum(len(part) for part in found.ever_finished()) - sum(map(len, found.finished()))
@@ -77,7 +73,7 @@ def _images_as_text(found: VariantFolder, images: int, count: int | None) -> str
 def _export_variant(found: VariantFolder, folder: Path, count: int | None) -> Exported:
     """Write the images of the indices below ``count``, or all."""
     folder.mkdir(parents=True, exist_ok=True)
-    written, read = list[Path](), 0
+    written, read = set[Path](), 0  # chunks may overlap
     for part in found.finished():
         if count is not None and part.start >= count:
             continue
@@ -89,8 +85,8 @@ def _export_variant(found: VariantFolder, folder: Path, count: int | None) -> Ex
             array = image.permute(1, 2, 0).numpy()
             picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
             picture.save(folder / f"{index:06d}.png")
-            written.append(folder / f"{index:06d}.png")
-    return Exported(len(set(written)), sum(path.stat().st_size for path in set(written)), read)
+            written.add(folder / f"{index:06d}.png")
+    return Exported(len(written), sum(path.stat().st_size for path in written), read)
 
 
 def _sizes_as_text(written: Sequence[Exported]) -> list[str]:

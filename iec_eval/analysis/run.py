@@ -374,7 +374,8 @@ def _price(asked: Analysis, work: Sequence[Work], bench: Bench) -> str:
 
 def _calibrations(asked: Analysis, work: Sequence[Work]) -> str:
     """What has to be calibrated first, which no price is known of."""
-    lacking = ((one.subject.name, uncalibrated(one.plan, asked.run)) for one in work)
+    plans = {(one.subject.name, one.plan.fingerprint): one.plan for one in work}  # each read once
+    lacking = ((name, uncalibrated(plan, asked.run)) for (name, _), plan in plans.items())
     told = dict.fromkeys(f"{name} ({', '.join(parts)})" for name, parts in lacking if parts)
     return f"; calibration comes on top: {', '.join(told)}" if told else ""
 
