@@ -44,7 +44,7 @@ KINDS: Mapping[Relation, str] = {
     "corrected-alike": "full precision corrected alike",
 }
 FREE = ("scale-matched", "self-consistent")
-AGAIN = "-version3"  # results of rows that were run again when a part of theirs had changed
+AGAIN = "-again"  # of some rows, run again when a part of theirs had changed
 STUDIES = {
     "DeepCache": "table2",
     "W8A8": "table1",
