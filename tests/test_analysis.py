@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -32,7 +33,7 @@ from torch.func import jacrev, jvp
 from iec_eval.analysis import plots
 from iec_eval.analysis.affine import AffineStep, affine_steps
 from iec_eval.analysis.bench import Subject, _Recorder
-from iec_eval.analysis.growth import fit_growth
+from iec_eval.analysis.growth import fit_growth, fitted
 from iec_eval.analysis.jacobian import Jacobian
 from iec_eval.analysis.lanczos import largest_singular_values
 from iec_eval.analysis.pieces import Pieces, step_name
@@ -400,33 +401,52 @@ def test_samplers_without_coefficients_are_refused() -> None:
 # --- growth -----------------------------------------------------------------------------------
 
 
-def test_growth_is_told_apart() -> None:
-    steps = np.arange(41)
-    line, curve = 0.3 * steps, 0.2 * np.exp(0.1 * steps)
-    curve[0] = 0
-    found = fit_growth(line.tolist())
-    assert (found["better"], found["linear"]["slope"]) == ("linear", pytest.approx(0.3))
-    found = fit_growth(curve.tolist())
+def recursion(growth: float, steps: int = 100) -> list[float]:
+    """Errors that every step multiplies, and adds as much to: the paper's equation 8, a number."""
+    return list(itertools.accumulate(range(steps), lambda d, _: growth * d + 0.01, initial=0.0))
+
+
+@pytest.mark.parametrize("growth", [1.1, 1.01, 1.002])
+def test_errors_that_every_step_stretches_grow_exponentially(growth: float) -> None:
+    found = fit_growth(recursion(growth))
     assert found["better"] == "exponential"
-    assert found["exponential"]["rate"] == pytest.approx(0.1, rel=1e-6)
-    assert found["exponential"]["scale"] == pytest.approx(0.2, rel=1e-6)
-    waves = np.sin(steps) ** 2
-    assert fit_growth(waves.tolist())["better"] == "neither"
+    assert found["exponential"]["rate"] == pytest.approx(math.log(growth), rel=1e-6)
+    assert found["exponential"]["scale"] == pytest.approx(0.01 / (growth - 1), rel=1e-6)
+    assert found["exponential"]["r2"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("growth", [0.9, 0.99, 0.998])
+def test_errors_that_every_step_shrinks_flatten_out(growth: float) -> None:
+    found = fit_growth(recursion(growth))
+    assert found["better"] == "flattening"
+    assert found["flattening"]["rate"] == pytest.approx(-math.log(growth), rel=1e-6)
+    assert found["flattening"]["scale"] == pytest.approx(0.01 / (1 - growth), rel=1e-6)
+
+
+def test_growth_of_other_shapes() -> None:
+    steps = np.arange(41)
+    found = fit_growth(recursion(1.0))
+    assert (found["better"], found["linear"]["slope"]) == ("linear", pytest.approx(0.01))
+    nearly = 0.01 * steps * (1 + 1e-4 * steps) + 1e-2 * np.sin(7 * steps)  # hardly bent, and noisy
+    assert fit_growth(nearly.tolist())["better"] == "linear"
+    assert fit_growth((np.sin(steps) ** 2).tolist())["better"] == "none"
     assert fit_growth([0.0] * 9)["better"] == "no error"
     assert fit_growth([0.0, 1.0, 2.0])["better"] == "too few steps"
-    nearly = 1 + 2e-3 * steps + 5e-3 * np.sin(7 * steps)
-    assert fit_growth(nearly.tolist())["better"] == "not told apart"
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_exponential_fit_is_least_squares(sign: int) -> None:
+@pytest.mark.parametrize(("curve", "sign"), [("exponential", 1), ("flattening", -1)])
+def test_fits_are_least_squares(curve: str, sign: int) -> None:
     steps = np.arange(1, 31)
-    y = 2 * np.exp(sign * 0.05 * steps) + 0.2 * np.cos(steps)
-    found = fit_growth([0, *y])["exponential"]
-    (scale, rate), _ = curve_fit(lambda x, a, b: a * np.exp(b * x), steps, y, p0=(1, 0))
+    y = sign * 2 * np.expm1(sign * 0.05 * steps) + 0.2 * np.cos(steps)
+    found = fit_growth([0, *y])[curve]
+    (scale, rate), _ = curve_fit(
+        lambda x, a, b: sign * a * np.expm1(sign * b * x), steps, y, p0=(1, 0.1)
+    )
     assert (found["scale"], found["rate"]) == (pytest.approx(scale, rel=1e-4),
                                                pytest.approx(rate, rel=1e-4))  # fmt: skip
-    left = ((y - scale * np.exp(rate * steps)) ** 2).sum()
+    ours = fitted(curve, found, steps)
+    assert ours == pytest.approx(sign * scale * np.expm1(sign * rate * steps), rel=1e-3)
+    left = ((y - ours) ** 2).sum()
     assert found["r2"] == pytest.approx(1 - left / ((y - y.mean()) ** 2).sum(), rel=1e-6)
     assert found["aic"] == pytest.approx(30 * math.log(left / 30) + 6, rel=1e-6)
 
@@ -569,14 +589,16 @@ def test_long_names_stay_inside_the_plot_and_the_band_is_the_middle_half(
             "run": run,
             "versus": versus,
             "mean": distance.mean(1).tolist(),
-            "fit": {"better": "neither"},
+            "fit": {"better": "none"},
         }
         | {"distance": distance.tolist()}
         for run in names[0]
         for versus in names[1]
     ]
+    series[3]["fit"] = fit_growth(recursion(1.1, 3 + 1))
     assert plots.growth_plot({"series": series}) == "<svg>"
     axes = figures[0].axes[0]
+    assert axes.lines[-1].get_ydata() == pytest.approx(recursion(1.1)[1:4])
     assert len(axes.get_legend().get_texts()) == 4
     figures[0].canvas.draw()
     assert axes.get_legend().get_window_extent().x1 <= figures[0].bbox.x1

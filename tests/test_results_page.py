@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from results_tables import AGAIN, PAGE, ROOT, rewritten, short_study
 
+from iec_eval.analysis.growth import fit_growth
 from iec_eval.results import Results, read_results
 from iec_eval.study import load
 
@@ -166,33 +170,64 @@ def test_the_distances_and_fits_are_the_published_ones(row: Sequence[str]) -> No
         mean, median = re.findall(NUMBER, cell)
         assert rounds_to(one["mean"][-1], mean)
         assert rounds_to(statistics.median(one["distance"][-1]), median)
-    fit = plain["fit"]
-    assert row[6].startswith(fit["better"])
-    linear, exponential = re.findall(r"\d\.\d+", row[6])
-    assert rounds_to(fit["linear"]["r2"], linear)
-    assert rounds_to(fit["exponential"]["r2"], exponential)
+    for one, cell in zip((plain, corrected), row[6:8], strict=True):
+        assert cell.startswith(one["fit"]["better"])
+        curves = ("exponential", "linear", "flattening")
+        written = re.findall(r"\d\.\d+", cell)
+        assert [f"{one['fit'][curve]['r2']:.2f}" for curve in curves] == written
+        again = fit_growth(one["mean"])  # as the program fits them today
+        assert again["better"] == one["fit"]["better"]
+        for curve in curves:
+            assert again[curve] == pytest.approx(one["fit"][curve], rel=1e-6)
 
 
-def test_single_images_are_fitted_as_the_page_says() -> None:
-    """Of 32 images of two rows: with quad spacing none by an exponential, with uniform 7."""
+@pytest.fixture(scope="module")
+def series() -> dict[tuple[str, bool], list[dict[str, Any]]]:
+    """Distances of the two rows by spacing and whether both runs are corrected."""
+    found = defaultdict(list)
+    for path in sorted(ANALYSIS.glob("growth-*.json")):
+        for one in json.loads(path.read_text())["series"]:
+            kinds = {"correction" in one["run"], "correction" in one["versus"]}
+            if len(kinds) == 1:
+                found[path.stem.rpartition("-")[2], *kinds].append(one)
+    return found
 
-    def fitted(spacing: str) -> Counter[str]:
-        count: Counter[str] = Counter()
-        for path in sorted(ANALYSIS.glob(f"growth-*-{spacing}.json")):
-            series = json.loads(path.read_text())["series"]
-            plain = next(
-                one for one in series if (one["run"], one["versus"]) == ("row", "full precision")
-            )
-            count.update(plain["fits_of_images"])
-        return count
 
+def test_single_images_grow_as_the_page_says(
+    series: dict[tuple[str, bool], list[dict[str, Any]]],
+) -> None:
+    count = {}
+    for key, both in series.items():
+        assert len(both) == 2
+        images = np.concatenate([one["distance"] for one in both], axis=1).T
+        kinds = [fit_growth(image.tolist())["better"] for image in images]
+        count[key] = Counter(kinds)
+        assert len(kinds) == 32
+        assert count[key] == sum((Counter(one["fits_of_images"]) for one in both), Counter())
+    page, readme = (" ".join(path.read_text().split()) for path in (PAGE, PAGES[0]))
+    assert count["quad", False] == {"flattening": 32}
+    assert "so do the means, and all 32 single images" in page
+    plain, corrected = count["uniform", False], count["uniform", True]
+    assert (
+        f"of the single images {plain['exponential']} of 32 do, {plain['linear']} like a line, "
+        f"{plain['flattening']} flatten out" in page
+    )
+    assert f"{corrected['exponential']} of 32 images exponentially" in page
+    assert (
+        f"({plain['exponential']} of 32), and with IEC in as many ({corrected['exponential']})"
+        in readme
+    )
+
+
+def test_means_grow_by_the_rates_the_page_says(
+    series: dict[tuple[str, bool], list[dict[str, Any]]],
+) -> None:
+    for key in (("uniform", False), ("uniform", True)):
+        rates = {f"{math.expm1(one['fit']['exponential']['rate']):.3f}" for one in series[key]}
+        assert rates == {"0.017", "0.014"}
     page = " ".join(PAGE.read_text().split())
-    quad, uniform = fitted("quad"), fitted("uniform")
-    assert sum(quad.values()) == sum(uniform.values()) == 32
-    assert "exponential" not in quad
-    assert f"none is ({quad['linear']} of 32 are by a line, {quad['neither']} by neither" in page
-    exponential, linear = uniform["exponential"], uniform["linear"]
-    assert f"uniform spacing {exponential} of 32 are, {linear} by a line" in page
+    assert "by 1.7 (W8A8) and 1.4 % a step" in page
+    assert "the means grow in the same way, by 1.7 and 1.4 %" in page
 
 
 @pytest.mark.parametrize(

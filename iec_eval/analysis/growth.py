@@ -1,12 +1,12 @@
 """How far a row's trajectory gets from that of full precision, and how it grows (figure 2).
 
-The paper's theorem says that errors grow exponentially without its correction, and linearly with
-it. Both are fitted to the measured distances.
+The paper says that errors grow exponentially without its correction, and linearly with it. Both,
+and growth that slackens, are fitted to the measured distances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ from iec_eval.errors import Incompatible
 from iec_eval.planning import Plan
 from iec_eval.plugins import Registry
 
-GOOD_FIT = 0.9  # R^2 below which neither curve describes the growth
-CLEAR = 2.0  # difference of AIC below which the curves are not told apart
+GOOD_FIT = 0.9  # R^2 below which no curve describes the growth
+CLEAR = 2.0  # AIC by which a bent curve has to be better than the straight line
 PARAMETERS = 3  # of each curve: two, and the variance of what is left
+BENDS = (1e-3, 40.0)  # least and largest |b T| of a bent curve; with less it is a line
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -111,14 +112,18 @@ def _series(run: str, versus: str, ours: Tensor, theirs: Tensor) -> dict[str, An
 
 
 def fit_growth(distances: Sequence[float]) -> dict[str, Any]:
-    """``a + b i`` and ``a exp(b i)`` by least squares to the distances after step i = 1 .. T.
+    """Three curves by least squares to the distances after step i = 1 .. T.
 
-    The first entry, before any step, is 0 by construction and left out. Both curves have two
-    parameters and are fitted to the distances themselves, not to their logarithms, so residuals
-    are on one scale and AIC = n ln(RSS / n) + 2 k compares them.
+    ``exponential``, ``a (exp(b i) - 1)``, is what the paper's recursion (equations 8 and 9) comes
+    to where every step multiplies the error by exp(b) and adds as much as the others, from none at
+    the start. ``linear`` is ``a + b i``, and ``flattening``, ``a (1 - exp(-b i))``, the same
+    recursion with steps that shrink the error; b > 0 in both bent curves. The first entry, before
+    any step, is 0 by construction and left out. All have two parameters and are fitted to the
+    distances themselves, not to their logarithms, so residuals are on one scale and
+    AIC = n ln(RSS / n) + 2 k compares them.
 
-    Returns ``linear`` and ``exponential`` with their parameters, R^2 and AIC, and ``better``: one
-    of them; ``not told apart``, AICs within 2; ``neither``, both R^2 below 0.9; ``no error``, all
+    Returns the curves with their parameters, R^2 and AIC, and ``better``: one of them, the line
+    unless a bent one is better by more than 2; ``none``, all R^2 below 0.9; ``no error``, all
     distances 0; ``too few steps``, fewer than 4.
     """
     y = np.asarray(distances[1:], dtype=np.float64)
@@ -126,24 +131,19 @@ def fit_growth(distances: Sequence[float]) -> dict[str, Any]:
         return {"better": "too few steps"}
     if not y.any():
         return {"better": "no error"}
-    steps = np.arange(1, len(y) + 1, dtype=np.float64)
-    slope, intercept = np.polyfit(steps, y, 1)
-    scale, rate = _exponential(steps, y)
-    linear = _quality(y, intercept + slope * steps)
-    exponential = _quality(y, scale * np.exp(rate * steps))
-    return {
-        "linear": {"intercept": float(intercept), "slope": float(slope), **linear},
-        "exponential": {"scale": scale, "rate": rate, **exponential},
-        "better": _better(linear, exponential),
+    found = {
+        "linear": _line(y),
+        "exponential": _bent(y, BENDS),
+        "flattening": _bent(y, (-BENDS[1], -BENDS[0])),
     }
+    return {**found, "better": _better(found)}
 
 
-def _better(linear: dict[str, float], exponential: dict[str, float]) -> str:
-    if max(linear["r2"], exponential["r2"]) < GOOD_FIT:
-        return "neither"
-    if abs(linear["aic"] - exponential["aic"]) < CLEAR:
-        return "not told apart"
-    return "linear" if linear["aic"] < exponential["aic"] else "exponential"
+def _better(curves: Mapping[str, Mapping[str, float]]) -> str:
+    if max(curve["r2"] for curve in curves.values()) < GOOD_FIT:
+        return "none"
+    best = min(curves, key=lambda name: curves[name]["aic"])
+    return best if curves[best]["aic"] < curves["linear"]["aic"] - CLEAR else "linear"
 
 
 def _quality(y: Array, fitted: Array) -> dict[str, float]:
@@ -154,22 +154,49 @@ def _quality(y: Array, fitted: Array) -> dict[str, float]:
     return {"r2": 1 - left / total if total > 0 else 1.0, "aic": aic}
 
 
-def _exponential(steps: Array, y: Array) -> tuple[float, float]:
-    """The least-squares a and b of ``a exp(b i)``: for each b the best a is known."""
+def fitted(curve: str, found: Mapping[str, float], steps: Array) -> Array:
+    """A curve of :func:`fit_growth` after each of the ``steps``."""
+    if curve == "linear":
+        return found["intercept"] + found["slope"] * steps
+    sign = 1 if curve == "exponential" else -1
+    return sign * found["scale"] * np.expm1(sign * found["rate"] * steps)
+
+
+def _line(y: Array) -> dict[str, float]:
+    steps = _steps(y)
+    slope, intercept = map(float, np.polyfit(steps, y, 1))
+    return {"intercept": intercept, "slope": slope, **_quality(y, intercept + slope * steps)}
+
+
+def _bent(y: Array, exponents: tuple[float, float]) -> dict[str, float]:
+    """The least-squares ``a (exp(b i) - 1)``, b T in that range: for each b the best a is known.
+
+    Scale and rate are given without the sign that both have where b < 0.
+    """
+    steps = _steps(y)
     span = float(steps[-1])
+
+    def shapes(exponents: Array) -> Array:
+        """The curves, each 1 at the last step."""
+        return np.expm1(np.multiply.outer(exponents, steps / span)) / np.expm1(exponents)[:, None]
 
     def left(exponents: Array) -> Array:
         """RSS for each b T, up to a constant."""
-        shift = (exponents > 0)[:, None]  # the curve's largest value is 1: nothing overflows
-        curves = np.exp(exponents[:, None] * (steps / span - shift))
+        curves = shapes(exponents)
         rest: Array = -((curves @ y) ** 2) / (curves**2).sum(axis=1)
         return rest
 
-    low, high = -40.0, 40.0
+    low, high = exponents
     for _ in range(12):
         grid = np.linspace(low, high, 201)
         best = int(np.argmin(left(grid)))
         low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, 200)])
-    rate = (low + high) / 2 / span
-    curve = np.exp(rate * steps)
-    return float(curve @ y / (curve @ curve)), rate
+    exponent = (low + high) / 2
+    shape = shapes(np.array([exponent]))[0]
+    height = float(shape @ y / (shape @ shape))
+    scale = abs(height / float(np.expm1(exponent)))
+    return {"scale": scale, "rate": abs(exponent) / span, **_quality(y, height * shape)}
+
+
+def _steps(y: Array) -> Array:
+    return np.arange(1, len(y) + 1, dtype=np.float64)

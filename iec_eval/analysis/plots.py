@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iec_eval.analysis.growth import fitted
 from iec_eval.report.plots import figure_as_svg, plot_style
 
 if TYPE_CHECKING:
@@ -90,26 +91,17 @@ def growth_plot(found: Found) -> str | None:
     def draw(axes: Axes) -> None:
         for color, series in zip(COLORS, found["series"], strict=False):
             mean = np.array(series["mean"])
-            x = np.arange(len(mean))
+            x = np.arange(len(mean), dtype=np.float64)
             axes.plot(x, mean, color=color, label=f"{series['run']} to {series['versus']}")
             middle = np.quantile(series["distance"], (0.25, 0.75), axis=1)
             axes.fill_between(x, *middle, color=color, alpha=0.15, linewidth=0)
-            curve = _fitted(series["fit"], x[1:])
-            if curve is not None:
+            fit = series["fit"]
+            if fit["better"] in fit:  # a curve's name
+                curve = fitted(fit["better"], fit[fit["better"]], x[1:])
                 axes.plot(x[1:], curve, ":", color=color, linewidth=1.5)
 
     shown = "steps taken (shaded: the middle half of images; dotted: a fit)"
     return _drawn(draw, shown, "distance ||delta||")
-
-
-def _fitted(fit: Found, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    kind = fit["better"]
-    if kind not in ("linear", "exponential"):
-        return None
-    found = fit[kind]
-    if kind == "linear":
-        return np.asarray(found["intercept"] + found["slope"] * x)
-    return np.asarray(found["scale"] * np.exp(found["rate"] * x))
 
 
 def residual_plot(found: Found) -> str | None:

@@ -125,9 +125,9 @@ def _series_text(series: Found) -> str:
     head = f"||delta|| of {series['run']} to {series['versus']}: {last} at the end; "
     if "linear" not in fit:
         return head + kind
-    curves = ", ".join(f"{name} R2 {fit[name]['r2']:.3f}" for name in ("exponential", "linear"))
-    verdict = {"neither": "neither fits", "not told apart": "curves not told apart"}
-    return f"{head}{verdict.get(kind, f'{kind} fits better')} ({curves})"
+    curves = ", ".join(f"{name} R2 {fit[name]['r2']:.3f}" for name in fit if name != "better")
+    verdict = "no curve fits" if kind == "none" else f"{kind} fits best"
+    return f"{head}{verdict} ({curves})"
 
 
 def _residual_table(found: Found) -> Cells:
