@@ -96,12 +96,12 @@ def full_steps(
 
     What else the row calibrates is not, unless the schedule is calibrated on it.
     """
-    scheduling = _scheduling(plan)
+    positions = scheduling(plan)
     if missing_for_schedule(plan, store):
         calibrator = Calibrator(device, progress)
-        _apply(plan, plan.model.load(), store, calibrator, max(scheduling) + 1)
+        _apply(plan, plan.model.load(), store, calibrator, max(positions) + 1)
     keyed = _keyed(plan)
-    return plan.full_steps({i: obtain(*keyed[i], None, store) for i in scheduling})
+    return plan.full_steps({i: obtain(*keyed[i], None, store) for i in positions})
 
 
 def uncalibrated(plan: Plan, store: RunFolder) -> list[str]:
@@ -111,11 +111,11 @@ def uncalibrated(plan: Plan, store: RunFolder) -> list[str]:
 
 def missing_for_schedule(plan: Plan, store: RunFolder) -> list[str]:
     """Parts that have to be calibrated before it is known which steps run the whole network."""
-    keyed = _keyed(plan)[: max(_scheduling(plan), default=-1) + 1]
+    keyed = _keyed(plan)[: max(scheduling(plan), default=-1) + 1]
     return [part.name for part, key in keyed if part.needs_calibration and not store.has(key)]
 
 
-def _scheduling(plan: Plan) -> list[int]:
+def scheduling(plan: Plan) -> list[int]:
     """Positions of the parts whose calibration decides which steps are full."""
     total = len(plan.sampler.timesteps)
     return [

@@ -13,18 +13,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from iec_eval.assembly import check_fit
-from iec_eval.cost import evaluation_cost
-from iec_eval.errors import ConfigError
+from iec_eval.callbacks.iec import corrected_steps
+from iec_eval.cost import evaluation_cost, known_before_calibration
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.fingerprints import Identified, digest, identity
 from iec_eval.planning import Plan, Planner, planner
 from iec_eval.plugins import Registry
 from iec_eval.rivals import (
     Corrected,
     Counted,
+    Rival,
     control,
     equal_cost,
     expected_macs,
     halves,
+    heun,
+    iecs,
     stacked,
     zero_cost,
 )
@@ -116,7 +120,7 @@ class _Table:
                 judge.judge_of.setdefault(row.name, "full-precision")
 
     def compare_corrected_alike(self) -> None:
-        """Have full precision with a correction judge every method with the same one.
+        """Have full precision with a correction judge every method with the same one, step by step.
 
         What the method loses with the correction on both sides, beside what it loses without, says
         whether the correction mends the method or does the same to any network.
@@ -139,7 +143,7 @@ class _Table:
     def _add_for_correction(self, row: _Row, wanted: Sequence[Control]) -> None:
         base = _without_callbacks(row.plan.experiment)
         known = self._judge(row, "base", base, only_existing=True)
-        if not {"equal-cost", "zero-cost", "halves"} & set(wanted):
+        if not {"equal-cost", "heun", "zero-cost", "halves"} & set(wanted):
             return
         # rivals made of the base are called after it, or after the row if the base is new
         name = known.name if known else row.name
@@ -150,7 +154,7 @@ class _Table:
             return
         counted = corrected if isinstance(corrected, Counted) else None
         rivals = [
-            *(equal_cost(counted) if "equal-cost" in wanted and counted else []),
+            *(_spending(counted, wanted) if counted else []),
             *(zero_cost(corrected) if "zero-cost" in wanted else []),
             *(halves(corrected) if "halves" in wanted else []),
         ]
@@ -181,10 +185,12 @@ class _Table:
             plan, plain = self.planner.plan(row.plan.experiment), self.planner.plan(base)
             corrected = Corrected(self.planner, plan, plain)
             cost = evaluation_cost(plain)
+            if not known_before_calibration(plan):
+                raise Incompatible("it depends on which steps calibration will choose as full ones")
             counted = Counted(self.planner, plan, plain, cost, expected_macs(plan, cost))
             return counted if counted.target > counted.macs(plain) else None
         except Exception as error:  # a part that cannot be counted can still be run
-            if "equal-cost" in wanted:
+            if {"equal-cost", "heun"} & set(wanted):
                 reason = f"what the row costs cannot be counted: {error}"
                 row.lack("equal-cost", "equal-cost rivals", reason)
             return corrected
@@ -232,10 +238,21 @@ class _Table:
             check_fit(plan)
 
 
+def _spending(row: Counted, wanted: Sequence[Control]) -> list[Rival]:
+    if "equal-cost" in wanted:
+        return equal_cost(row)
+    return heun(row) if "heun" in wanted else []
+
+
 def _correction(plan: Plan) -> str:
-    """The callbacks, and the sampler whose steps they correct."""
+    """The callbacks, the sampler whose steps they correct, and which of these IEC does.
+
+    Full steps are all at full precision, and some of a cached row: not the same correction.
+    """
     parts: list[Identified] = [plan.sampler, *plan.callbacks]
-    return digest([identity(part) for part in parts])
+    total, full = len(plan.sampler.timesteps), plan.planned_full_steps()
+    steps = [sorted(corrected_steps(iec.where, total, full)) for iec in iecs(plan).values()]
+    return digest([*(identity(part) for part in parts), steps])
 
 
 def _without_callbacks(row: Experiment) -> Experiment:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from iec_eval.assembly import Assembly, assemble_skeleton
+from iec_eval.assembly import Assembly, assemble_skeleton, scheduling
 from iec_eval.clock import Clock, Evaluations
 from iec_eval.denoising import Condition, Denoiser, denoise
 from iec_eval.efficiency.base import EfficiencyMethod
@@ -160,6 +160,23 @@ def expected_evaluations(plan: Plan, full_steps: frozenset[int] | None = None) -
     denoiser = Denoiser(_StandIn(), Condition(), clock)
     denoise(plan.sampler, denoiser, Noise(0, [0], plan.model.shape), plan.callbacks)
     return clock.evaluations
+
+
+def known_before_calibration(plan: Plan) -> bool:
+    """Whether a row's evaluations are the same with any schedule that calibration may choose.
+
+    They are not if a callback evaluates again at steps that it names itself, and whether these are
+    full is yet to be found out. Tried with schedules that have every step full once.
+    """
+    if not plan.callbacks or not scheduling(plan):
+        return True
+    total, number = len(plan.sampler.timesteps), len(plan.planned_full_steps())
+    size = number - 1  # of those to be chosen: step 0 is full in any case
+    starts = range(0, total - 1, size) if size else ()
+    chosen = [range(1, total)[min(i, total - 1 - size) :][:size] for i in starts]
+    schedules = [plan.planned_full_steps(), *(frozenset([0, *steps]) for steps in chosen)]
+    counts = [expected_evaluations(plan, schedule) for schedule in schedules]
+    return all(count == counts[0] for count in counts)
 
 
 class _StandIn(nn.Module):

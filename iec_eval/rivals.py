@@ -10,12 +10,12 @@ from typing import Any
 
 from iec_eval.cost import EvaluationCost, expected_evaluations, interval
 from iec_eval.efficiency.base import EfficiencyMethod
+from iec_eval.equal_work import JUST_ABOVE, TOLERANCE, is_near
 from iec_eval.errors import Incompatible
 from iec_eval.planning import Plan, Planner
+from iec_eval.samplers.base import Sampler
 from iec_eval.study import Experiment, Part, Relation
 
-TOLERANCE = 0.02  # costs this near each other are equal
-JUST_ABOVE = 0.1  # what a rival may cost more, where nothing between is to be had
 ZERO_COST = {
     "epsilon-scaling": "epsilon scaling",
     "time-shift": "time shift",
@@ -26,6 +26,11 @@ HALVES: Mapping[str, Part] = {
     "refresh only": {"correct": False},
     "correction only": {"refresh_cache": False},
 }
+
+
+def iecs(plan: Plan) -> dict[int, Any]:
+    """The options of each IEC among a row's callbacks, by its place; one may follow another."""
+    return {i: one.options for i, one in enumerate(plan.callbacks) if one.name == "iec"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Corrected:
 
     @property
     def iec(self) -> dict[int, Any]:
-        """The options of each IEC among the callbacks, by its place; one may follow another."""
-        return {i: one.options for i, one in enumerate(self.plan.callbacks) if one.name == "iec"}
+        """The options of each IEC of the row, by its place."""
+        return iecs(self.plan)
 
     @property
     def cached(self) -> bool:
@@ -83,7 +88,7 @@ class Counted(Corrected):
 
     def near(self, macs: float) -> bool:
         """Whether a cost is the row's within the tolerance, or just above."""
-        return (1 - TOLERANCE) * self.target <= macs <= (1 + JUST_ABOVE) * self.target
+        return is_near(macs, self.target)
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,23 @@ def equal_cost(row: Counted) -> list[Rival]:
     rivals = [Rival("more steps", "equal-cost", lambda: more_steps(row))]
     if any(interval(method) is not None for method in row.base.methods):
         rivals.append(Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
-    return [*rivals, Rival("Heun", "equal-cost", lambda: _heun(row))]
+    return [*rivals, *heun(row)]
+
+
+def heun(row: Counted) -> list[Rival]:
+    """Of these the one that needs no calibration but the row's own: Heun's evaluation."""
+    if row.target <= (1 + TOLERANCE) * row.macs(row.base):
+        return []
+    return [Rival("Heun", "equal-cost", lambda: _heun(row))]
 
 
 def more_steps(row: Counted) -> Experiment:
     """The base with the number of sampler steps whose cost is nearest to the row's.
 
     Not the fewest that are near enough: such rivals would all be 2 % short. A sampler or method
-    may refuse some numbers of steps; where those it takes leave none within the tolerance, the
-    next that costs more is taken, up to 10 % more.
+    may refuse some numbers of steps, and those that begin nearer to the image than the row are
+    passed over; where the rest leave none within the tolerance, the next that costs more is taken,
+    up to 10 % more, or whatever it costs if it is the very next number.
 
     Raises Incompatible if there is no such number, or no option ``steps``.
     """
@@ -123,6 +136,7 @@ def more_steps(row: Counted) -> Experiment:
         try:
             options = {**row.base.experiment.sampler, **sampler.other_steps(number)}
             experiment = row.without(f"{number} steps", sampler=options)
+            _check_start(_sampler_of(row, experiment), sampler)
             macs = _macs_of_steps(row, experiment)
         except Exception as error:  # whatever a sampler says to a number it does not like
             refusal = f"; {error}"
@@ -155,8 +169,23 @@ def _spends_as_much(row: Counted, experiment: Experiment) -> bool:
 
 def _macs_of_steps(row: Counted, experiment: Experiment) -> float:
     """With the base's methods: they are the same, and building them again takes time."""
-    sampler = row.planner.sampler(experiment.sampler, f"{experiment.name}: sampler")
-    return row.macs(replace(row.base, sampler=sampler))
+    return row.macs(replace(row.base, sampler=_sampler_of(row, experiment)))
+
+
+def _sampler_of(row: Counted, experiment: Experiment) -> Sampler:
+    return row.planner.sampler(experiment.sampler, f"{experiment.name}: sampler")
+
+
+def _check_start(sampler: Sampler, own: Sampler) -> None:
+    """Raise Incompatible if a sampler takes for noise what would be half an image already.
+
+    Beginning a timestep later than the row is rounding.
+    """
+    first, wanted = sampler.timesteps[0], own.timesteps[0]
+    if first < wanted - 1:
+        raise Incompatible(
+            f"{len(sampler.timesteps)} steps begin at timestep {first:g}, the row's at {wanted:g}"
+        )
 
 
 def smaller_interval(row: Counted) -> Experiment:

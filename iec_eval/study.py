@@ -25,7 +25,13 @@ from iec_eval.options import BaseOptions, validated
 
 Part = dict[str, Any]
 Control = Literal[
-    "full-precision", "full-precision+iec", "equal-cost", "zero-cost", "halves", "naive-stacking"
+    "full-precision",
+    "full-precision+iec",
+    "equal-cost",
+    "heun",
+    "zero-cost",
+    "halves",
+    "naive-stacking",
 ]
 Relation = Literal[
     "base", "equal-cost", "zero-cost", "half", "stacking", "full-precision", "corrected-alike"

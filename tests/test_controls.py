@@ -14,6 +14,7 @@ from click.testing import Result
 from conftest import VARIANTS, Toy, installed_plugin
 
 from iec_eval import cost
+from iec_eval.assembly import artifact_keys
 from iec_eval.callbacks.iec import IECOptions
 from iec_eval.controls import plan_with_controls
 from iec_eval.cost import evaluation_cost, expected_evaluations
@@ -192,6 +193,33 @@ def test_more_steps_go_over_the_same_stretch_of_noise(plans: Plans) -> None:
     assert more.timesteps[0] >= found["row"].sampler.timesteps[0]
 
 
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+def test_more_steps_of_a_library_go_over_the_same_stretch_of_noise(
+    scheduler: str, plans: Plans
+) -> None:
+    """Of 100 timesteps: 13 steps cost the same, but begin at 84, as they leave out 100 mod 13."""
+    found = of_a_library(scheduler, "leading", plans)
+    assert found["row"].sampler.timesteps[0] == 90
+    assert [name for name in found if name.endswith(" steps")] == ["row: 14 steps"]
+    assert found["row: 14 steps"].sampler.timesteps[0] == 91
+
+
+def test_steps_that_do_not_follow_each_other_are_no_rival(plans: Plans) -> None:
+    """Evenly spaced ones of DDIMScheduler, each of which ends 100 // 13 timesteps on."""
+    found = of_a_library("DDIMScheduler", "trailing", plans)
+    assert not any(name.endswith(" steps") for name in found)
+    (lack,) = (one for one in lacks(found, "row") if "more steps" in one)
+    assert "steps of DDIMScheduler, each of 5 timesteps, do not follow each other" in lack
+    assert "row: 13 steps" in of_a_library("EulerDiscreteScheduler", "trailing", plans)
+
+
+def of_a_library(scheduler: str, spacing: str, plans: Plans) -> dict[str, Plan]:
+    config = {"timestep_spacing": spacing}
+    sampler = {"name": "diffusers", "scheduler": scheduler, "steps": 10, "config": config}
+    row = {"name": "row", "callbacks": [{**IEC, "where": {"ends": "1/6"}}]}  # 3 of 10
+    return plans([row], controls=["equal-cost"], sampler=sampler)
+
+
 def test_of_several_numbers_of_steps_the_nearest_in_cost_is_taken(plans: Plans) -> None:
     """50 steps corrected cost 100; 98 cost the same within 2 %, and would be short of work."""
     found = plans(pair("plain"), controls=["equal-cost"], sampler={"name": "ddim", "steps": 50})
@@ -306,6 +334,24 @@ def test_a_row_that_cannot_be_counted_is_no_error(plans: Plans) -> None:
     assert lacking.endswith("cannot be counted: not before it is told what to do")
 
 
+@pytest.mark.parametrize("where", [[7, 13], [19], {"ends": "1/5"}])
+def test_corrections_at_steps_that_may_turn_out_full_are_not_counted(
+    where: Any, plans: Plans
+) -> None:
+    """A schedule that calibration chooses: is step 7 full, and how many are at the ends?"""
+    cached = {"name": "cached", "efficiency": [{**CACHE, "schedule": "dps"}]}
+    row = {"name": "row", "extends": "cached", "callbacks": [{**IEC, "where": where}]}
+    found = plans([cached, row], controls=["equal-cost", "halves"])
+    assert rivals(found, "row") == []
+    wanted = "it depends on which steps calibration will choose as full ones"
+    (lack,) = (one for one in lacks(found, "row") if one.startswith("equal-cost rivals"))
+    assert lack.endswith(f"cannot be counted: {wanted}")
+    assert rivals(found, "row", "half")
+    for known in ("full", "first", "all", [0], list(range(STEPS))):
+        other = {**row, "callbacks": [{**IEC, "where": known}]}
+        assert rivals(plans([cached, other], controls=["equal-cost"]), "row"), known
+
+
 def test_a_row_that_cannot_be_counted_has_the_rivals_that_need_no_count(
     plans: Plans, picky: None
 ) -> None:
@@ -367,6 +413,18 @@ def test_heun_may_lack_the_one_evaluation_that_the_last_step_has_not(plans: Plan
     assert not any("Heun" in name for name in last)
     (lacking,) = last["plain + IEC"].experiment.lacks
     assert (lacking.relation, lacking.what) == ("equal-cost", "equal-cost rival Heun")
+
+
+def test_heun_alone_is_the_rival_that_needs_no_other_calibration(plans: Plans) -> None:
+    rows = pair("cachequant")
+    found = plans(rows, controls=["heun"])
+    assert rivals(found, "cachequant + IEC") == ["cachequant + IEC: Heun"]
+    keys = {key for _, key in artifact_keys(found["cachequant"])}
+    assert {key for _, key in artifact_keys(found["cachequant + IEC: Heun"])} == keys
+    every = plans(rows, controls=["equal-cost", "heun"])
+    assert len(rivals(every, "cachequant + IEC")) == 3
+    cheap = pair("plain", [{**IEC, "weights": []}])
+    assert rivals(plans(cheap, controls=["heun"]), "plain + IEC") == []
 
 
 def test_each_of_several_iecs_is_replaced(plans: Plans) -> None:
@@ -632,14 +690,17 @@ def test_a_study_says_which_controls_there_are(plans: Plans) -> None:
 
 
 def test_full_precision_corrected_alike_judges_what_is_corrected_alike(plans: Plans) -> None:
-    twice = {"name": "twice", "efficiency": [CACHE], "callbacks": [{**IEC, "weights": [0.5, 0.5]}]}
-    other = {"name": "other steps", "sampler": {"steps": 10}, "extends": "cached + IEC"}
-    found = plans([*pair("cached"), *pair("cachequant"), twice, other])
+    """At other steps, with another K, or at the full ones of a cached row, it is not the same."""
+    twice = {"name": "twice", "efficiency": [QUANTIZER], "callbacks": [{**IEC, "corrections": 2}]}
+    other = {"name": "other steps", "sampler": {"steps": 10}, "extends": "quantized + IEC"}
+    found = plans([*pair("quantized"), *pair("cached"), twice, other])
     judged = found["full precision + IEC"].experiment.judge_of
-    assert {name for name, relation in judged.items() if relation == "corrected-alike"} == {
-        "cached + IEC",
-        "cachequant + IEC",
-    }
+    alike = {name for name, relation in judged.items() if relation == "corrected-alike"}
+    assert alike == {"quantized + IEC"}
+    steps = [*range(0, STEPS, INTERVAL)]
+    same = {"name": "same steps", "callbacks": [{**IEC, "where": steps}]}
+    cached = {"name": "cached", "efficiency": [CACHE], "callbacks": same["callbacks"]}
+    assert plans([same, cached])["same steps"].experiment.judge_of["cached"] == "corrected-alike"
     assert "corrected-alike" not in found["full precision"].experiment.judge_of.values()
     some = judges(plans(pair("cached"), controls=["full-precision"]))
     assert "corrected-alike" not in {r for relations in some.values() for r in relations.values()}

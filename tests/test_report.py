@@ -348,13 +348,37 @@ def test_a_verdict_is_about_the_base_and_the_strongest_equal_cost_rival() -> Non
         ("full", "full-precision", 1.5, (1.2, 1.8), "worse"),
     )
     assert verdicts(toy(*plain(), found)) == [
-        "C (fid-fashion 8.50 at 2.00x MACs): better than its base P (fid-fashion 10.00 at 2.00x "
+        "C (fid-fashion 8.500 at 2.00x MACs): better than its base P (fid-fashion 10.00 at 2.00x "
         "MACs) by 1.50 [1.00, 2.00]; not distinguishable from its strongest equal-cost rival Q "
-        "(fid-fashion 8.40 at 2.00x MACs) (+0.10 [-0.30, +0.50]); worse than the best callback "
-        "without extra evaluations S (fid-fashion 8.60 at 2.00x MACs) by 0.20 [0.10, 0.30]; worse "
-        "than the reference full (fid-fashion 7.00 at 1.00x MACs) by 1.50 [1.20, 1.80]."
+        "(fid-fashion 8.400 at 2.00x MACs) (+0.10 [-0.30, +0.50]); worse than the best callback "
+        "without extra evaluations S (fid-fashion 8.600 at 2.00x MACs) by 0.20 [0.10, 0.30]; worse "
+        "than the reference full (fid-fashion 7.000 at 1.00x MACs) by 1.50 [1.20, 1.80]."
     ]
     assert list(row_verdicts(toy(*plain(), found))) == ["C"]
+
+
+def test_a_collapsed_row_takes_no_digits_from_the_verdicts_on_others() -> None:
+    found = corrected(("P", "base", -0.02, (-0.03, -0.01), "better"))
+    collapsed = row("collapsed", 320.0, 200.0)
+    (said,) = verdicts(toy(*plain(), collapsed, found))
+    assert "by 0.020 [0.010, 0.030]" in said
+
+
+@pytest.mark.parametrize(
+    ("macs", "said"),
+    [
+        (200.0, ""), (196.0, ""), (220.0, ""),
+        (190.0, ", which took 0.95 times the work"), (320.0, ", which took 1.6 times the work"),
+    ],
+)  # fmt: skip
+def test_a_rival_that_did_other_work_after_all_says_so(macs: float, said: str) -> None:
+    """As where corrections stopped earlier than it was counted on."""
+    found = corrected(("R", "equal-cost", 0.5, (0.1, 0.9), "worse"))
+    study = toy(*plain()[:-2], row("R", 8.0, macs), found, controls=["equal-cost"])
+    (verdict,) = verdicts(study)
+    assert f"rival R (fid-fashion 8.000 at {macs / 100:.2f}x MACs){said} by 0.50" in verdict
+    assert f"against R{said}." in table([study], "md")
+    assert f"R{said}" in report_page(study, [], {})
 
 
 def test_a_verdict_without_controls_says_so() -> None:

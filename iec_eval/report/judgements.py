@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from iec_eval.equal_work import is_near
 from iec_eval.intervals import LEVEL
 from iec_eval.report.wording import higher_is_better, pairings, quality_metric, with_interval
 from iec_eval.results import Comparison, Results, Variant
@@ -81,6 +82,17 @@ def strongest(found: Sequence[Comparison], upward: bool) -> Comparison:
     return min(found, key=lambda one: one.value if upward else -one.value)
 
 
+def name_and_work(row: Variant, other: Variant) -> str:
+    """The name of a rival of equal cost; with how much work it took after all, if that was not so.
+
+    Corrections may stop early, and the costs that rivals are chosen by are expected ones.
+    """
+    own, its = row.cost.macs_per_image, other.cost.macs_per_image
+    if not own or not its or is_near(its, own):
+        return other.name
+    return f"{other.name}, which took {its / own:.2g} times the work"
+
+
 def is_rival(row: Variant) -> bool:
     """Whether a row was added to stand against others on trial, and so is not on trial itself."""
     return row.control and any(relation in RIVALS for relation in row.judge_of.values())
@@ -98,7 +110,7 @@ def why_missing(row: Variant, against: Against, results: Results) -> str:
         return f"{_JUDGES[against]} not finished" if unfinished else "not judged"  # no intervals
     if results.controls is None:
         return "not judged"  # a file from before rows said whom they judge
-    if "equal-cost" not in results.controls:
+    if not {"equal-cost", "heun"} & set(results.controls):
         return "controls off"
     if against == "base" or any(one.relation == against for one in row.lacks):
         return "none to be had"
@@ -158,8 +170,12 @@ def tally(results: Results, against: Against) -> Mapping[str, int]:
 def held_against(results: Sequence[Results], against: Against) -> str:
     """Which row each judged row was held against; see :func:`wording.pairings`."""
     return pairings(
-        (row.name, found.versus)
+        (row.name, _held(row, found.versus, document) if against == "equal-cost" else found.versus)
         for document in results
         for row in document.variants
         if (found := judged(row, against, document).comparison) is not None
     )
+
+
+def _held(row: Variant, versus: str, results: Results) -> str:
+    return name_and_work(row, next(other for other in results.variants if other.name == versus))

@@ -14,6 +14,7 @@ from iec_eval.report.judgements import (
     difference,
     has_verdicts,
     judged,
+    name_and_work,
     sentence,
 )
 from iec_eval.report.wording import (
@@ -184,7 +185,8 @@ def _verdict(against: Against, results: Results, row: Variant) -> Cell:
     if one is None:
         return Cell(found.word, tone="missing")
     digits = decimals([one.value])
-    rival = f"\n{one.versus}" if against == "equal-cost" else ""
+    rivals = {other.name: other for other in results.variants}
+    rival = f"\n{name_and_work(row, rivals[one.versus])}" if against == "equal-cost" else ""
     tip = sentence(row.name, one, digits)
     return Cell(found.word, difference(one, digits) + rival, one.value, found.word, tip)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from iec_eval.report.judgements import RIVALS, absent, is_rival, strongest, why_missing
+from iec_eval.report.judgements import (
+    RIVALS,
+    absent,
+    is_rival,
+    name_and_work,
+    strongest,
+    why_missing,
+)
 from iec_eval.report.wording import (
     decimals,
     higher_is_better,
-    interval,
+    interval_digits,
     quality_metric,
     quantity,
     times,
+    with_interval,
 )
 from iec_eval.results import Comparison, Results, Variant
 from iec_eval.study import Relation
@@ -54,8 +62,7 @@ def row_verdicts(results: Results) -> dict[str, str]:
     if metric is None or upward is None:
         return {}
     rows = {row.name: row for row in results.variants if _value(row, metric) is not None}
-    digits = decimals(_value(row, metric) or 0.0 for row in rows.values())
-    clerk = _Clerk(results, rows, metric, upward, digits)
+    clerk = _Clerk(results, rows, metric, upward)
     return {name: clerk.sentence(row) for name, row in rows.items() if _on_trial(row, metric)}
 
 
@@ -79,20 +86,14 @@ class _Clerk:
     """Words the comparisons of finished rows in one metric."""
 
     def __init__(
-        self,
-        results: Results,
-        rows: Mapping[str, Variant],
-        metric: str,
-        upward: bool,
-        digits: int,
+        self, results: Results, rows: Mapping[str, Variant], metric: str, upward: bool
     ) -> None:
-        self._results, self._rows, self._metric = results, rows, metric
-        self._upward, self._digits = upward, digits
+        self._results, self._rows, self._metric, self._upward = results, rows, metric, upward
 
     def sentence(self, row: Variant) -> str:
         """The row's whole verdict."""
         found = _of(row.comparisons, self._metric)
-        clauses = [self._clause(one, _ROLES[one.relation]) for one in self._strongest(found)]
+        clauses = [self._clause(row, one) for one in self._strongest(found)]
         if row.callbacks and not any(one.relation == "equal-cost" for one in found):
             why = why_missing(row, "equal-cost", self._results)
             reason = _NO_RIVAL.get(why, f"none could be compared in {self._metric}")
@@ -116,23 +117,27 @@ class _Clerk:
         kinds = [[one for one in found if one.relation == relation] for relation in _ROLES]
         return [strongest(kind, self._upward) for kind in kinds if kind]
 
-    def _clause(self, one: Comparison, role: str) -> str:
+    def _clause(self, row: Variant, one: Comparison) -> str:
         other = self._rows.get(one.versus)
-        against = f"{role} {self._shown(other) if other else one.versus}"
-        difference = f"{one.value:+.{self._digits}f}{interval(one.ci95, self._digits, '+')}"
+        against = f"{_ROLES[one.relation]} {self._shown(other) if other else one.versus}"
+        if one.relation == "equal-cost" and other:
+            against += name_and_work(row, other).removeprefix(other.name)
+        digits = decimals(_value(each, self._metric) or 0.0 for each in (row, other) if each)
         if one.judgement in ("better", "worse"):
-            return f"{one.judgement} than {against} by {self._size(one)}"
+            return f"{one.judgement} than {against} by {self._size(one, digits)}"
         known = "not distinguishable from" if one.judgement else "without an interval, against"
-        return f"{known} {against} ({difference})"
+        return f"{known} {against} ({with_interval(one.value, one.ci95, digits, '+')})"
 
-    def _size(self, one: Comparison) -> str:
+    def _size(self, one: Comparison, digits: int) -> str:
         """The difference without its sign, and the interval turned the same way."""
         sign, bounds = (-1 if one.value < 0 else 1), one.ci95
         turned = None if bounds is None else (sign * bounds[0], sign * bounds[1])
         ordered = None if turned is None else (min(turned), max(turned))
-        return f"{abs(one.value):.{self._digits}f}{interval(ordered, self._digits)}"
+        return with_interval(abs(one.value), ordered, digits)
 
     def _shown(self, row: Variant) -> str:
-        share, value = row.cost.relative_macs, _value(row, self._metric) or 0.0
+        share, found = row.cost.relative_macs, row.metrics[self._metric]
+        value = found.value or 0.0
+        digits = interval_digits(found.ci95, decimals([value]))
         cost = quantity(row.cost.macs_per_image) if share is None else times(share)
-        return f"{row.name} ({self._metric} {value:.{self._digits}f} at {cost} MACs)"
+        return f"{row.name} ({self._metric} {value:.{digits}f} at {cost} MACs)"

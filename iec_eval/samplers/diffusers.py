@@ -16,7 +16,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import Draw
 from iec_eval.options import BaseOptions
 from iec_eval.samplers.base import Sampler, State
@@ -109,6 +109,7 @@ class DiffusersSampler(Sampler):
     name = "diffusers"
     version = 2  # 1 showed a correction's estimate to the network scaled like the step's own sample
     Options = DiffusersOptions
+    options: DiffusersOptions
 
     def __init__(self, options: DiffusersOptions, schedule: NoiseSchedule) -> None:
         super().__init__(options, schedule)
@@ -119,6 +120,22 @@ class DiffusersSampler(Sampler):
         one_stage = config.get("solver_order") == 1
         self.uncorrectable = "" if one_stage else SCHEDULERS[options.scheduler]
         self.clips = bool(config.get("clip_sample")) or bool(config.get("thresholding"))
+
+    def other_steps(self, number: int) -> Mapping[str, Any]:
+        """``steps``. Raises Incompatible for some numbers of DDIMScheduler.
+
+        A step of it goes from t to ``t - len // steps``, wherever the next one begins.
+        """
+        changed = super().other_steps(number)
+        if self.options.scheduler == "DDIMScheduler":
+            options, length = self.options.model_copy(update=changed), len(self.schedule)
+            times = _scheduler(options, self.schedule).timesteps
+            if (times[:-1] - times[1:] != length // number).any():
+                raise Incompatible(
+                    f"{number} steps of DDIMScheduler, each of {length // number} timesteps, do "
+                    f"not follow each other; numbers that divide {length} do"
+                )
+        return changed
 
     def start(self, noise: Tensor) -> State:
         sigma = getattr(self._scheduler, "init_noise_sigma", 1.0)
