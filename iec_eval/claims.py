@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from iec_eval import processes
-from iec_eval.errors import StorageError
+from iec_eval.errors import ConfigError, StorageError
 from iec_eval.processes import Owner, this_process
 
 TIMEOUT = 120.0
@@ -183,6 +183,8 @@ class Claims:
     def _listed(self) -> list[tuple[str, int]]:
         """Names and generations of all claims."""
         found = []
+        if self.folder.is_file():
+            raise ConfigError(f"{self.folder}: is a file, wanted a folder")
         with suppress(FileNotFoundError):
             for path in list(self.folder.iterdir()):
                 name, _, generation = path.name.rpartition(".")

@@ -96,6 +96,6 @@ def download(hub_id: HubId, patterns: Sequence[str]) -> Path:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{hub_id}: cannot be downloaded ({reason}); check the name, the "
-            "network and, for a gated repository, huggingface-cli login; or give a folder's path"
+            "network and, for a gated repository, hf auth login; or give a folder's path"
         ) from error
     return Path(found)

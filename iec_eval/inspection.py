@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel
 
@@ -31,9 +32,13 @@ def assumed_tflops(study: Study) -> float:
     """10^12 operations a second that one process is taken to sustain, if nobody says.
 
     15 is within reach of an A100 in single precision, which has 19.5 at most; 0.1 is about one
-    thread of a CPU (0.09 was measured with the packaged model at full precision).
+    thread of a CPU (0.09 was measured with the packaged model at full precision), which is what
+    ``accelerator: auto`` means where no GPU is found.
     """
-    return 0.1 if study.execution.accelerator == "cpu" else 15.0
+    accelerator = study.execution.accelerator
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not found)
+    return 0.1 if on_cpu else 15.0
 
 
 def study_rows(
@@ -246,7 +251,8 @@ def _total_as_text(rows: Sequence[dict[str, Any]], tflops: float) -> str:
     uncounted = "".join(f", nor {row['name']}" for row in rows if row["hours"] is None)
     return (
         f"In all {len(rows)} rows, {quantity(disk, 'B')} on disk, {_hours(hours)} of one process: "
-        f"estimated from the U-Net's multiply-accumulates at {tflops:g} TFLOP/s; calibration, "
+        f"estimated from the U-Net's multiply-accumulates at {tflops:g} TFLOP/s (about "
+        "15 on an A100, 0.1 on a thread of a CPU; say what yours has with --tflops); calibration, "
         f"decoding, scoring and the extra work of simulated bits are not in it{uncounted}"
     )
 

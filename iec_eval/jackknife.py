@@ -38,12 +38,15 @@ def with_groups(
     group_of = dict(zip(listed, groups_of(listed).tolist(), strict=True))
     try:
         values = _values_without_groups(metric, again, group_of)
-        made = {name: _tensor([one[name] for one in values]) for name in lacking}
+        computed = [name for name in lacking if all(name in one for one in values)]
+        made = {name: _tensor([one[name] for one in values]) for name in computed}
     except Exception as error:  # its number is there; only the interval is not
         _tell_lacking(metric, lacking, f"{type(error).__name__}: {error}")
         return dict(estimates)
     finite = {name: one for name, one in made.items() if one.isfinite().all()}
-    if undefined := [name for name in lacking if name not in finite]:
+    if other := [name for name in lacking if name not in computed]:
+        _tell_lacking(metric, other, "compute() does not give it")
+    if undefined := [name for name in computed if name not in finite]:
         _tell_lacking(metric, undefined, "it is not finite")
     return {
         **estimates,

@@ -22,9 +22,12 @@ The place of a file whose content is hashed is one, and the name of a set of oth
 
 
 class BaseOptions(BaseModel):
-    """Base of every part's options: immutable, strict about types, unknown keys refused."""
+    """Base of every part's options: immutable, strict about types, unknown keys refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    So are numbers that are not finite, of which nothing could be computed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def decisive(self) -> dict[str, Any]:
         """All options as JSON values, defaults included, but those marked NOT_DECISIVE."""

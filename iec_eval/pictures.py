@@ -23,12 +23,16 @@ class Exported:
     chunk_bytes: int
 
 
-def export(out: Path, folder: Path, variant: str | None) -> str:
-    """Write a run's images as PNG files, one folder per variant; says how many and how large.
+def export(out: Path, folder: Path, variant: str | None) -> tuple[str, bool]:
+    """Write a run's images as PNG files, one folder per variant.
 
     Those that the run's table is of: the first ``images.count`` of the rows that its study has now.
     What is there besides is named; ``variant`` takes any row's folder, and all its images.
+
+    Returns what to say, how many and how large, and whether all that the study has were there.
     """
+    if (folder / ROWS).exists() or next(folder.glob("*/chunks"), None):
+        raise ConfigError(f"{folder}: is a run folder; wanted an empty folder, or a new one")
     wanted = None if variant is not None else _rows_now(out)
     folders = _variant_folders(out, variant)
     others = [f.path.name for f in folders if wanted is not None and f.path.name not in wanted]
@@ -40,16 +44,22 @@ def export(out: Path, folder: Path, variant: str | None) -> str:
     for found, (name, count) in zip(folders, counts.items(), strict=True):
         written.append(_export_variant(found, folder / name, count))
         lines.append(f"{folder / name}: {_images_as_text(found, written[-1].images, count)}")
+    missing = {name: count for name, count in (wanted or {}).items() if name not in counts}
+    lines += [f"{name}: 0 of {count} images; nothing is there" for name, count in missing.items()]
     if others:
         lines.append(f"not rows of this study now, and left out: {', '.join(others)}")
-    return "\n".join([*lines, *_sizes_as_text(written)])
+    made = [one.images for one in written]
+    all_of_each = all(count in (None, n) for n, count in zip(made, counts.values(), strict=True))
+    whole = all_of_each and not missing and sum(made) > 0
+    return "\n".join([*lines, *_sizes_as_text(written)]), whole
 
 
 def _refuse_others(folder: Path, counts: Mapping[str, int | None]) -> None:
     """Raise ConfigError if the folder has pictures of another export, which would mix in."""
     for path in sorted(folder.glob("*/*.png")):
         row, count = path.parent.name, counts.get(path.parent.name)
-        if row not in counts or (count is not None and path.stem >= f"{count:06d}"):
+        ours = row in counts and path.stem.isdecimal()
+        if not ours or (count is not None and int(path.stem) >= count):
             raise ConfigError(f"{path}: is of another export; wanted an empty folder, or a new one")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from iec_eval.errors import ConfigError
+from iec_eval.errors import ConfigError, CorruptFile
 from iec_eval.images import ImagePreparation, Subset, open_images
 from iec_eval.metrics.features import FeatureNetwork, feature_network
 from iec_eval.metrics.published import import_statistics
@@ -60,6 +60,13 @@ def _check_out(images: str, out: Path) -> None:
     if out.is_dir() or out.resolve() == Path(images).resolve():
         what = "a folder" if out.is_dir() else "the file that is read"
         raise ConfigError(f"OUT {out}: is {what}; give the name of a new file")
+    if out.exists():
+        try:
+            ReferenceStatistics.load(out)
+        except CorruptFile:
+            raise ConfigError(
+                f"OUT {out}: is there, and no reference; give the name of a new file"
+            ) from None
     RunFolder(out.parent).open()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from iec_eval import processes
 from iec_eval.claims import TIMEOUT, Claims
-from iec_eval.errors import CorruptChunk, CorruptFile, MissingArtifact, StorageError
+from iec_eval.errors import ConfigError, CorruptChunk, CorruptFile, MissingArtifact, StorageError
 from iec_eval.storage import (
     content_digest,
     read_about,
@@ -316,10 +316,17 @@ class RunFolder:
     def open(self) -> None:
         """Make the folder and check that it can be written.
 
-        Raises StorageError if not.
+        Raises StorageError if not, ConfigError if it is a file.
         """
+        self.check()
         write_text(self.path / ".writable", "")
         (self.path / ".writable").unlink(missing_ok=True)  # another process may do the same
+
+    def check(self) -> None:
+        """Raise ConfigError if a file is where the folder or one above it should be."""
+        there = next((path for path in (self.path, *self.path.parents) if path.exists()), None)
+        if there is not None and not there.is_dir():
+            raise ConfigError(f"{there}: is a file, wanted a folder")
 
     def tidy(self) -> None:
         """Remove what processes that were killed left half-written."""

@@ -102,6 +102,7 @@ def prepare(
     of_seeds = [one for plan in plans for one in plans_of_seeds(plan, registry)]
     metrics = plan_metrics(study, registry, plans, lacking)
     run = RunFolder(out if out is not None else Path("runs") / study.study)
+    run.check()
     keep = study.execution.keep_images
     wanted = [] if lacking else networks(metrics)  # which must have their weights
     readers = [metric.name for metric in metrics if metric.network is None]

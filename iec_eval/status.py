@@ -18,9 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from iec_eval.claims import Held
-from iec_eval.errors import ConfigError, CorruptFile, SchedulerError
+from iec_eval.errors import ConfigError, CorruptFile, IecEvalError, SchedulerError
 from iec_eval.options import first_problem
 from iec_eval.processes import Owner
+from iec_eval.results import read_results
 from iec_eval.runs import (
     IndexRange,
     RunFolder,
@@ -111,7 +112,7 @@ class RunStatus:
     rows: list[RowStatus]
     jobs: list[JobStatus]
     silence: str | None
-    results: Literal["missing", "outdated", "current"]
+    results: Literal["missing", "outdated", "unreadable", "current"]
 
     @property
     def workers(self) -> int:
@@ -343,11 +344,17 @@ def _with_speeds(
     return made
 
 
-def _results(out: Path, newest: float) -> Literal["missing", "outdated", "current"]:
+def _results(out: Path, newest: float) -> Literal["missing", "outdated", "unreadable", "current"]:
     written = _written(out / "results.json")
     if written is None:
         return "missing"
-    return "outdated" if written < newest else "current"
+    if written < newest:
+        return "outdated"
+    try:
+        read_results(out / "results.json")
+    except IecEvalError:
+        return "unreadable"
+    return "current"
 
 
 # --- jobs ---------------------------------------------------------------------------------------
@@ -405,6 +412,7 @@ def _lines(found: RunStatus) -> Iterable[str]:
 RESULTS = {
     "missing": "results.json: not there yet",
     "outdated": "results.json: older than the newest images, evaluate again",
+    "unreadable": "results.json: cannot be read, evaluate again",
     "current": "results.json: there, of all the images that there are",
 }
 

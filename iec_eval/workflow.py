@@ -209,9 +209,9 @@ def parts(*, as_json: bool) -> str:
     return "\n".join(inspection.part_as_text(part) for part in found)
 
 
-def export(out: Path, folder: Path, variant: str | None) -> str:
+def export(out: Path, folder: Path, variant: str | None) -> Outcome:
     """Write a run's images as PNG files, one folder per variant; says how many and how large."""
-    return pictures.export(out, folder, variant)
+    return Outcome(*pictures.export(out, folder, variant))
 
 
 def train(
@@ -292,13 +292,17 @@ def _evaluate(session: Session, *, heal: bool) -> Outcome:
 def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
     """Results files by what to call their runs: the folder's name, or its path if that is taken.
 
+    A file that is given by its own name is called after that, unless it is ``results.json``.
+
     Raises ConfigError for a run that is given twice.
     """
     files = [path if path.suffix == ".json" else path / "results.json" for path in folders]
     for file, folder in zip(files, folders, strict=True):
         if [other.resolve() for other in files].count(file.resolve()) > 1:
             raise ConfigError(f"{folder} is given twice")
-    names = [file.parent.resolve().name for file in files]
+    names = [
+        file.parent.resolve().name if file.name == "results.json" else file.stem for file in files
+    ]
     labels = [
         name if names.count(name) == 1 else str(folder)
         for name, folder in zip(names, folders, strict=True)

@@ -92,7 +92,7 @@ def compare_processes(study: Path, place: Path, pairs: int) -> None:
         f"({100 * min(errors):+.1f} to {100 * max(errors):+.1f})"
     )
     told = workflow.export(timed[0][0].folder, place / "png", None)
-    print(told.splitlines()[-1])
+    print(told.text.splitlines()[-1])
 
 
 def predicted(study: Path, one: Timed) -> float:

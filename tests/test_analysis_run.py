@@ -229,6 +229,24 @@ def test_a_calibrated_schedule_says_where_corrections_are(
     assert counts["last"] == counts["none"] + 1
 
 
+def test_the_ablation_of_a_row_with_another_sampler_is_of_the_same_experiment(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its sampler is written whole: of the study's own only the steps would be taken over."""
+    row = {"name": "row", "sampler": {"name": "plms"}, "callbacks": [{"name": "iec"}]}
+    shared = {"name": "ddim", "steps": 5}
+    study = load(str(write_study(tmp_path, variants=[row], sampler=shared, controls=[])))
+    registry = load_registry()
+    (plan,) = plan_study(study, registry)
+    made = ablation.choices(subject_of(plan, tmp_path), registry)
+    content = ablation.study_of(study, made)
+    wanted = {"name": "plms", "steps": 5}
+    assert [one["sampler"] for one in content["variants"]] == [wanted] * len(made)
+    ablation.write_study(tmp_path / "again.yaml", content)
+    again = plan_study(load(str(tmp_path / "again.yaml")), registry)
+    assert {one.plan.fingerprint for one in made} <= {one.fingerprint for one in again}
+
+
 @pytest.mark.parametrize("where", ["full", {"ends": "1/4"}, "all", [0, 2]])
 def test_the_twin_is_corrected_where_the_row_is(
     where: Any, write_study: Callable[..., Path], tmp_path: Path

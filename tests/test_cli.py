@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import resource
 import shutil
@@ -28,10 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import iec_eval
 from iec_eval.cli.main import cli as program
+from iec_eval.errors import ConfigError
 from iec_eval.images import ImagePreparation, open_images
 from iec_eval.metrics.features import ClassifierFeatures
 from iec_eval.metrics.statistics import ReferenceStatistics
 from iec_eval.models.unet import FolderModel, UNet, UNetOptions
+from iec_eval.pictures import _refuse_others
 from iec_eval.plugins import BASES
 from iec_eval.report.wording import quantity
 from iec_eval.runs import VariantFolder
@@ -102,6 +105,7 @@ def test_models_lists_every_part_with_its_options(cli: Cli) -> None:
     found = {(part["kind"], part["name"]): part for part in parts}
     iec = {option["name"]: option for option in found["callback", "iec"]["options"]}
     assert iec["weights"]["default"] == [0.5]
+    assert iec["tolerance"]["default"] == 1e-5  # as the preset that is taken, the paper's, has it
     interval = found["efficiency method", "deepcache"]["options"][0]
     assert interval == {
         "name": "interval",
@@ -173,9 +177,15 @@ def test_show_estimates_hours_from_the_work(cli: Cli, write_study: Write, tmp_pa
     assert "at 0.001 TFLOP/s" in lines[-1]
 
 
-def test_show_does_not_take_a_cpu_for_a_gpu(cli: Cli, write_study: Write, tmp_path: Path) -> None:
+def test_show_does_not_take_a_cpu_for_a_gpu(
+    cli: Cli, write_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = write_study(tmp_path)
-    for accelerator, tflops in (("cpu", 0.1), ("gpu", 15)):
+    for accelerator, there, tflops in (
+        ("cpu", True, 0.1), ("gpu", False, 15), ("auto", True, 15), ("auto", False, 0.1),
+    ):  # fmt: skip
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
         asked = ("show", study, "-s", f"execution.accelerator={accelerator}")
         assert json.loads(cli(*asked, "--json").stdout)["tflops"] == tflops
         assert f"at {tflops} TFLOP/s" in cli(*asked).stdout
@@ -437,7 +447,9 @@ def test_exported_are_the_images_of_the_table(
     shutil.copytree(finished, out)
     fewer = ("-s", "images.count=6", "-s", f"variants={json.dumps(VARIANTS[:2])}")
     assert cli("evaluate", write_study(tmp_path), "-o", out, *fewer).exit_code == 0
-    told = cli("export", out, tmp_path / "pictures").stdout
+    whole = cli("export", out, tmp_path / "pictures")
+    told = whole.stdout
+    assert whole.exit_code == 0
     assert {name[:-9]: len(found) for name, found in exported(tmp_path / "pictures").items()} == {
         "full-precision": 6,
         "cached": 6,
@@ -449,8 +461,9 @@ def test_exported_are_the_images_of_the_table(
     assert "000006.png: is of another export; wanted an empty folder" in mixed
     (row,) = out.glob("cached-????????")
     VariantFolder(row).drop_images(VariantFolder(row).finished()[0])
-    told = cli("export", out, tmp_path / "again").stdout
-    assert "2 of 6 images; others were deleted after use (execution.keep_images)" in told
+    told = cli("export", out, tmp_path / "again")
+    assert "2 of 6 images; others were deleted after use (execution.keep_images)" in told.stdout
+    assert told.exit_code == 1
     assert cli("export", out, tmp_path / "all", "--variant", "cached + IEC").exit_code == 0
     assert [len(found) for found in exported(tmp_path / "all").values()] == [10]
 
@@ -471,7 +484,35 @@ def test_export_says_what_1000_images_take_in_either_form(
 def test_an_export_of_no_images_yet_says_so(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "out" / "row-00000000" / "chunks").mkdir(parents=True)
     told = cli("export", tmp_path / "out", tmp_path / "png")
-    assert (told.exit_code, told.stdout) == (0, f"{tmp_path}/png/row-00000000: 0 images\n")
+    assert (told.exit_code, told.stdout) == (1, f"{tmp_path}/png/row-00000000: 0 images\n")
+
+
+def test_an_export_names_the_rows_that_have_nothing_yet(
+    cli: Cli, finished: Path, tmp_path: Path
+) -> None:
+    """Another tool would score whatever is there."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (row,) = out.glob("cached-iec-*")
+    shutil.rmtree(row)
+    told = cli("export", out, tmp_path / "png")
+    assert told.exit_code == 1
+    assert f"{row.name}: 0 of 10 images; nothing is there" in told.stdout
+    assert len(exported(tmp_path / "png")) == 2
+    assert "is a run folder; wanted an empty folder" in refusal(cli("export", finished, out))
+
+
+def test_exported_names_are_numbers(tmp_path: Path) -> None:
+    """Of more than a million images some have a digit more, and are not less for that."""
+    for name in ("999999.png", "1000000.png"):
+        (tmp_path / "row").mkdir(exist_ok=True)
+        (tmp_path / "row" / name).touch()
+    _refuse_others(tmp_path, {"row": 1_000_001})
+    with pytest.raises(ConfigError, match=r"1000000.png: is of another export"):
+        _refuse_others(tmp_path, {"row": 1_000_000})
+    (tmp_path / "row" / "cat.png").touch()
+    with pytest.raises(ConfigError, match=r"cat.png: is of another export"):
+        _refuse_others(tmp_path, {"row": 1_000_001})
 
 
 @pytest.mark.parametrize(
@@ -556,7 +597,48 @@ def test_reference_prepares_as_it_is_told(
     assert len(pixels) == 5
 
 
+def test_a_reference_replaces_nothing_but_a_reference(
+    cli: Cli, toy: Toy, collections: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--features", toy.features, "--pad", 2, "--size", 8]
+    for _ in range(2):
+        made = cli("reference", collections["npz"], tmp_path / "made.safetensors", *options)
+        assert made.exit_code == 0
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("study: mine")
+    told = refusal(cli("reference", collections["npz"], mine, *options))
+    assert f"OUT {mine}: is there, and no reference; give the name of a new file" in told
+    assert mine.read_text() == "study: mine"
+
+
 # --- mistakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["launch", "calibrate", "generate", "evaluate", "analyze", "show"])
+def test_a_file_where_the_run_folder_should_be(
+    cli: Cli, write_study: Write, tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        told = refusal(cli(verb, write_study(tmp_path), "-o", out))
+        assert told == f"{tmp_path / 'file'}: is a file, wanted a folder"
+
+
+def test_a_file_where_the_claims_should_be(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("claims"))
+    (out / "claims").touch()
+    assert refusal(cli("status", out)) == f"{out / 'claims'}: is a file, wanted a folder"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(("verb", "option"), [("show", "--tflops"), ("analyze", "--budget")])
+def test_a_number_that_is_none_is_refused(
+    cli: Cli, write_study: Write, tmp_path: Path, verb: str, option: str, number: str
+) -> None:
+    told = cli(verb, write_study(tmp_path), option, number)
+    assert told.exit_code == 2
+    assert f"'{number}' is not a finite number" in told.stderr
 
 
 def refusal(result: Result) -> str:
@@ -590,6 +672,14 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"imges": {"count": 3}},
         f"study STUDY: unknown key 'imges'; did you mean 'images'? (known: {KNOWN})",
     ),
+    "no number": (
+        iec(weights=[math.nan]),
+        "row: callbacks[0]: iec: weights.0: Input should be a finite number, got nan",
+    ),
+    "no bound": (
+        iec(tolerance=math.inf),
+        "row: callbacks[0]: iec: tolerance: Input should be a finite number, got inf",
+    ),
     "unknown key inside": (
         {"images": {"cuont": 3}},
         "study STUDY: unknown key 'images.cuont'; did you mean 'count'? "
@@ -612,7 +702,7 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown control": (
         {"controls": ["full"]},
         "study STUDY: controls.0: Input should be 'full-precision', 'full-precision+iec', "
-        "'equal-cost', 'zero-cost', 'halves' or 'naive-stacking', got 'full'",
+        "'equal-cost', 'heun', 'zero-cost', 'halves' or 'naive-stacking', got 'full'",
     ),
     "no rows": ({"variants": []}, "study 'toy': no variants and no controls, nothing to do"),
     "double row": (
@@ -865,18 +955,22 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     cli: Cli, write_study: Write, toy: Toy, finished: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    below = tmp_path / "file" / "out"
+    below, nowhere = tmp_path / "file" / "out", Path("/proc/out")
     study = write_study(tmp_path)
     np.savez(tmp_path / "a.npz", np.zeros((9, 8, 8, 1), dtype=np.uint8))
-    for words in (
-        ("launch", study, "-o", below),
-        ("generate", study, "-o", below),
-        ("export", finished, below),
-        ("reference", tmp_path / "a.npz", below / "r", "--features", toy.features),
-    ):
-        told = refusal(cli(*words))
-        assert told.startswith(f"cannot write {below}")
-        assert "choose another place, then run the same command again" in told
+    for out in (below, nowhere):
+        for words in (
+            ("launch", study, "-o", out),
+            ("generate", study, "-o", out),
+            ("export", finished, out),
+            ("reference", tmp_path / "a.npz", out / "r", "--features", toy.features),
+        ):
+            told = refusal(cli(*words))
+            if out == below:
+                assert told == f"{tmp_path / 'file'}: is a file, wanted a folder"
+            else:
+                assert told.startswith(f"cannot write {out}")
+                assert "choose another place, then run the same command again" in told
 
 
 def break_weights(path: Path, how: str) -> None:

@@ -355,6 +355,16 @@ def test_other_contents_are_refused(content: Any, message: str, tmp_path: Path) 
         open_checkpoint(tmp_path / "odd.ckpt")
 
 
+def test_what_is_no_checkpoint_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
+    """PyTorch's own is to read the file again, with whatever code is in it."""
+    (tmp_path / "README.md").write_text("# A model\n")
+    with pytest.raises(CorruptFile, match=r"cannot be read \(no torch file\)") as caught:
+        open_checkpoint(tmp_path / "README.md")
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(ConfigError, match="is a folder, wanted a file"):
+        open_checkpoint(tmp_path)
+
+
 # --- what does not fit -------------------------------------------------------------------------
 
 

@@ -484,7 +484,7 @@ def test_short_form(short: dict[str, Any], weights: list[float]) -> None:
      ({"relaxation": "half"}, "wanted a number, got 'half'"),
      ({"relaxation_schedule": "linear"}, "constant, geometric_from_half"),
      ({"where": {"ends": "2"}}, "share between 0 and 1"),
-     ({"where": {"ends": float("inf")}}, "fraction such as 1/10"),
+     ({"where": {"ends": float("inf")}}, "a finite number, got inf"),
      ({"where": {"ends": "a half"}}, "fraction such as 1/10"),
      ({"where": "last"}, "where"), ({"tolerance": -1.0}, "tolerance"),
      ({"correct": False, "refresh_cache": False}, "leave nothing"),

@@ -328,6 +328,20 @@ def test_a_metric_is_computed_without_each_group() -> None:
     assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, 19) * error, rel=1e-5)
 
 
+def test_a_number_that_takes_a_second_look_takes_no_interval_from_the_others(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    batches = in_batches(torch.arange(100.0), torch.arange(100))
+    metric = Middle()
+    second = {**estimates(metric, batches), "second-look": Estimate(1.0)}
+    made = with_groups(metric, second, batches)
+    assert made["middle"].interval() is not None
+    assert (made["second-look"].value, made["second-look"].interval()) == (1.0, None)
+    told = capfd.readouterr().err
+    assert "no confidence interval for second-look" in told
+    assert "compute() does not give it" in told
+
+
 def test_without_enough_images_there_is_no_interval(capfd: pytest.CaptureFixture[str]) -> None:
     batches = in_batches(torch.arange(2 * GROUPS - 1.0), torch.arange(2 * GROUPS - 1))
     few = Middle()

@@ -116,6 +116,6 @@ def test_show_needs_no_files(
     for metric in study["metrics"]:
         if metric["name"] == "fid":
             assert metric["reference"] in lacking
-    text = cli("show", path).stdout
+    text = cli("show", path, "--tflops", "15").stdout
     assert "Before it can run:" in text
     assert "estimated from the U-Net's multiply-accumulates at 15 TFLOP/s" in text

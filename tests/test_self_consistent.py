@@ -28,7 +28,8 @@ from iec_eval.efficiency.deepcache import CachedUNet
 from iec_eval.errors import ConfigError, Incompatible
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
-from iec_eval.samplers.ddim import ddim_coefficients
+from iec_eval.samplers.base import State
+from iec_eval.samplers.ddim import DDIM, ddim_coefficients
 from iec_eval.samplers.diffusers import DiffusersSampler
 from iec_eval.samplers.plms import PLMS
 from iec_eval.testing import TinyModel
@@ -216,9 +217,19 @@ def test_substeps_join(sampler: Any, substeps: int) -> None:
 # --- what is refused --------------------------------------------------------------------------
 
 
+class _Scaling(DDIM):
+    """Shows the network something else than the sample, which finer steps would not know of."""
+
+    def network_input(self, state: State, index: int, sample: Tensor) -> Tensor:
+        return sample / 2
+
+
 def test_other_samplers_are_refused() -> None:
     others = [ddim(steps=4, eta=0.5), ddim(steps=4, clip_sample=True)]
-    for sampler in (*others, build(DiffusersSampler, {"steps": 4}, SCHEDULE)):
+    velocity, scaled = ddim(steps=4), build(_Scaling, {"steps": 4}, SCHEDULE)
+    velocity.predictions = frozenset({"v"})  # which a step of the teacher would take for noise
+    others += [velocity, scaled, build(DiffusersSampler, {"steps": 4}, SCHEDULE)]
+    for sampler in others:
         with pytest.raises(Incompatible, match="finer steps approach"):
             build(SelfConsistent).check(sampler, Clock(4))
     build(SelfConsistent).check(build(PLMS, {"steps": 4}, SCHEDULE), Clock(4))

@@ -23,6 +23,7 @@ from fake_slurm import FakeSlurm, fake_slurm
 from iec_eval.claims import Claims
 from iec_eval.errors import CorruptFile
 from iec_eval.processes import this_process
+from iec_eval.results import Results
 from iec_eval.runs import Chunk, IndexRange, RunFolder, Spent, VariantFolder
 from iec_eval.status import look
 from iec_eval.storage import write_json
@@ -304,8 +305,12 @@ def test_whether_the_results_are_of_all_images(cli: Cli, out: Path) -> None:
     folder = make(out, "a", *CHUNKS)
     assert told(cli, out)["results"] == "missing"
     assert lines(cli, out)[-1] == "results.json: not there yet"
-    (out / "results.json").write_text("{}")
+    written = Results(study="s", images=4, protocol={}, variants=[]).model_dump_json(by_alias=True)
+    (out / "results.json").write_text(written)
     assert told(cli, out)["results"] == "current"
+    (out / "results.json").write_text("{")
+    assert told(cli, out)["results"] == "unreadable"
+    assert lines(cli, out)[-1] == "results.json: cannot be read, evaluate again"
     later = time.time() + 10
     os.utime(folder.chunks / f"{CHUNKS[1].stem}.safetensors", (later, later))
     assert told(cli, out)["results"] == "outdated"

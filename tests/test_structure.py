@@ -37,6 +37,7 @@ LAYERS = {
     "embedded": 0,
     "hookspecs": 0,
     "noise": 1,
+    "equal_work": 1,
     "intervals": 1,
     "options": 1,
     "storage": 1,

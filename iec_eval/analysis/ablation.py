@@ -100,7 +100,9 @@ def study_of(study: Study, chosen: Sequence[Choice]) -> dict[str, Any]:
 
 def _variant(study: Study, choice: Choice) -> dict[str, Any]:
     row = choice.plan.experiment
-    own = {key: value for key, value in row.sampler.items() if study.sampler.get(key) != value}
+    own = row.sampler  # whole if it is another: only the steps would be taken over
+    if own["name"] == study.sampler["name"]:
+        own = {key: value for key, value in own.items() if study.sampler.get(key) != value}
     parts = {"sampler": own, "efficiency": row.efficiency, "callbacks": row.callbacks}
     return {"name": choice.name, **{key: value for key, value in parts.items() if value}}
 

@@ -49,7 +49,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "noise": "fresh",
     },
     # not IEC: Heun's method, the same cost with the second evaluation at the next timestep
-    "heun": {"weights": [0.5], "timestep": "next"},
+    "heun": {"weights": [0.5], "tolerance": None, "timestep": "next"},
 }
 
 
@@ -88,7 +88,7 @@ class IECOptions(BaseOptions):
         "geometric_from_one",
     )
     tolerance: float | None = Field(
-        None, ge=0, description="stop correcting an image whose change is below this; null: never"
+        1e-5, ge=0, description="stop correcting an image whose change is below this; null: never"
     )
     tolerance_mode: Literal["absolute", "relative"] = Field(
         "absolute",

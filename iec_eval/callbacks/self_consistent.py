@@ -81,11 +81,13 @@ class SelfConsistent(DenoisingCallback):
 
     def check(self, sampler: Sampler, clock: Clock) -> None:
         """Raise Incompatible for a sampler whose steps cannot be cut finer."""
-        if not sampler.levels or sampler.clips:
+        as_it_is = type(sampler).network_input is Sampler.network_input
+        noise = sampler.predictions == {"epsilon"}
+        if not (sampler.levels and as_it_is and noise) or sampler.clips:
             raise Incompatible(
                 f"self-consistent: sampler {sampler.name} with these options does not follow the "
-                "deterministic path that finer steps approach; take plms, or ddim with eta 0 and "
-                "no clipping"
+                "deterministic path that finer steps approach, with predicted noise; take plms, or "
+                "ddim with eta 0 and no clipping"
             )
 
     def calibrate(self, bench: Bench) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,16 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, which nan and infinity are in for click."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return found
 
 
 def study_options(command: Command) -> Command:

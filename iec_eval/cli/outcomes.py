@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -60,7 +61,12 @@ def compare(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--variant", help="Only this row; its name or the start of its folder's name.")
 def export(out: Path, folder: Path, variant: str | None) -> None:
-    """Write the images of run folder OUT as PNG files under FOLDER."""
+    """Write the images of run folder OUT as PNG files under FOLDER.
+
+    Ends with status 1 if some of the study's images are not there.
+    """
     from iec_eval import workflow
 
-    click.echo(workflow.export(out, folder, variant))
+    outcome = workflow.export(out, folder, variant)
+    click.echo(outcome.text)
+    sys.exit(0 if outcome.complete else 1)

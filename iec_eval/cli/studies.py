@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from iec_eval.cli.options import POSITIVE, Command, bound_option, json_option, study_options
+from iec_eval.cli.options import (
+    POSITIVE,
+    Command,
+    FiniteRange,
+    bound_option,
+    json_option,
+    study_options,
+)
 
 SLURM_OPTIONS = (
     click.option("--slurm", is_flag=True, help="Submit it as chained SLURM jobs instead."),
@@ -114,9 +121,9 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
 @json_option
 @click.option(
     "--tflops",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Sustained speed of one process to estimate times with: 10^12 floating-point operations "
-    "a second.  [default: 15; 0.1 with execution.accelerator: cpu]",
+    "a second.  [default: 15; 0.1 where the study runs on a CPU here]",
 )
 @click.option("--scale", metavar="P,P,...", help="Estimate for so many processes: 1,8,64,512.")
 @click.option(
@@ -169,7 +176,7 @@ def show(
 @click.option("--lambdas", metavar="X,X,...", help="For ||grad G|| [default: 0.1,0.2,...,1].")
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.1,
     show_default=True,
     metavar="SHARE",

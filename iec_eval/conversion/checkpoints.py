@@ -59,7 +59,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     damaged or something else.
     """
     if not path.is_file():
-        raise ConfigError(f"checkpoint {path}: no such file")
+        what = "is a folder, wanted a file" if path.is_dir() else "no such file"
+        raise ConfigError(f"checkpoint {path}: {what}")
     if path.suffix == ".safetensors":
         return _from_tensors(path, _read_safetensors(path))
     content = _load(path)
@@ -94,7 +95,10 @@ def _load(path: Path) -> Any:
         raise
     except Exception as error:  # torch raises a zoo of types for a damaged file
         named = re.search(r"GLOBAL \S+", str(error))
-        reason = named.group() if named else (str(error) or type(error).__name__).splitlines()[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        # torch's own advice is to read it without looking for code in it
+        reason = "no torch file" if "weights_only" in said or "Weights only" in said else said
+        reason = named.group() if named else reason
         raise CorruptFile(
             f"checkpoint {path}: cannot be read ({reason}); wanted a whole torch file of plain "
             "tensors, or a .safetensors file; download it again if it was cut short"

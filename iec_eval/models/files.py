@@ -185,7 +185,7 @@ class ModelFiles:
         if self._hub is not None:
             return (
                 f"model {self.spec}: not downloaded yet; iec-eval launch does it, or "
-                f"huggingface-cli download {self._hub.repository}"
+                f"hf download {self._hub.repository}"
             )
         if self.folder is not None and self.folder.is_file():
             return (
