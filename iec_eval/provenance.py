@@ -20,7 +20,18 @@ from iec_eval.jobs import Job
 from iec_eval.plugins import Distribution
 from iec_eval.study import Study
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "numpy", "pluggy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "torch-fidelity",
+    "diffusers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "pluggy",
+)
 OPTIONAL = ("transformers",)
 
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from iec_eval.analysis import ablation, growth, residuals
 from iec_eval.analysis.bench import Bench, Subject, corrected_twin, full_precision_twin
+from iec_eval.analysis.jacobian import Jacobian
 from iec_eval.analysis.pieces import Pieces
 from iec_eval.analysis.run import analyzed_folders
 from iec_eval.assembly import calibrate, missing_artifacts
 from iec_eval.callbacks.base import DenoisingCallback
 from iec_eval.cost import evaluation_cost, expected_evaluations
-from iec_eval.denoising import Step
+from iec_eval.denoising import Denoiser, Step
 from iec_eval.noise import Noise
 from iec_eval.options import BaseOptions
 from iec_eval.planning import Plan
@@ -93,6 +94,52 @@ def test_the_price_is_told_first(analyzed: tuple[Path, Result]) -> None:
     assert "products with Jacobians" in told
     assert "ms each, timed at full precision" in told
     assert "calibration comes on top: quantized + IEC (timestep-quantizer)" in told
+
+
+@pytest.mark.parametrize("iterations", [3, 200])
+def test_the_price_is_what_is_paid(
+    iterations: int, study: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the residual after a row's own correction, which steps without one do not have.
+
+    Products are at most what is told, and exactly that if every search is cut short.
+    """
+    paid = {"evaluations": 0, "products": 0}
+    evaluate, product, run = Denoiser.__call__, Jacobian._product, Bench.run
+    at_work = list[bool]()
+
+    def counted_run(self: Bench, *args: Any, **more: Any) -> Any:
+        at_work.append(True)
+        try:
+            return run(self, *args, **more)
+        finally:
+            at_work.pop()
+
+    def counted_evaluation(self: Denoiser, sample: Tensor, *args: Any, **more: Any) -> Tensor:
+        paid["evaluations"] += len(sample) if at_work else 0
+        return evaluate(self, sample, *args, **more)
+
+    def counted_product(self: Jacobian, apply: Any, vectors: Tensor) -> Tensor:
+        paid["products"] += len(vectors)
+        return product(self, apply, vectors)
+
+    monkeypatch.setattr(Bench, "run", counted_run)
+    monkeypatch.setattr(Denoiser, "__call__", counted_evaluation)
+    monkeypatch.setattr(Jacobian, "_product", counted_product)
+    more = ["--what", "spectral,growth,residuals", "--iterations", str(iterations)]
+    result = cli("analyze", study, "-o", tmp_path / "out", *SMALL, *more)
+    assert result.exit_code == 0, result.output
+    told = result.stderr.splitlines()[0].replace(",", "")
+    pattern = r"To do: (\d+) network .*; (\d+) linearisations and at most (\d+) products"
+    found = re.match(pattern, told)
+    assert found
+    evaluations, linearizations, products = map(int, found.groups())
+    steps, images, rows = 3, 3, 3
+    spared = evaluations + linearizations - paid["evaluations"]
+    assert 0 <= spared < steps * images * rows
+    if iterations == 3:
+        assert paid["products"] == products
+    assert products / 20 < paid["products"] <= products
 
 
 def test_each_piece_of_work_is_counted_by_itself(analyzed: tuple[Path, Result]) -> None:
