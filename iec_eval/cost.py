@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -166,17 +168,27 @@ def known_before_calibration(plan: Plan) -> bool:
     """Whether a row's evaluations are the same with any schedule that calibration may choose.
 
     They are not if a callback evaluates again at steps that it names itself, and whether these are
-    full is yet to be found out. Tried with schedules that have every step full once.
+    full is yet to be found out. Tried with schedules that have every step full once, and some at
+    random.
     """
     if not plan.callbacks or not scheduling(plan):
         return True
-    total, number = len(plan.sampler.timesteps), len(plan.planned_full_steps())
-    size = number - 1  # of those to be chosen: step 0 is full in any case
-    starts = range(0, total - 1, size) if size else ()
-    chosen = [range(1, total)[min(i, total - 1 - size) :][:size] for i in starts]
-    schedules = [plan.planned_full_steps(), *(frozenset([0, *steps]) for steps in chosen)]
-    counts = [expected_evaluations(plan, schedule) for schedule in schedules]
+    counts = []
+    for schedule in [plan.planned_full_steps(), *_other_schedules(plan)]:
+        fresh = replace(plan, callbacks=deepcopy(plan.callbacks))  # one may count what it is shown
+        counts.append(expected_evaluations(fresh, schedule))
     return all(count == counts[0] for count in counts)
+
+
+def _other_schedules(plan: Plan) -> Iterator[frozenset[int]]:
+    """With as many full steps as are planned, of which step 0 is one in any case."""
+    later = range(1, len(plan.sampler.timesteps))
+    size = len(plan.planned_full_steps()) - 1
+    for start in range(0, len(later), size) if size else ():
+        yield frozenset([0, *later[min(start, len(later) - size) :][:size]])
+    random = Random(0)
+    for _ in range(8):
+        yield frozenset([0, *random.sample(later, size)])
 
 
 class _StandIn(nn.Module):

@@ -28,16 +28,16 @@ from iec_eval.slurm import Missing
 from iec_eval.study import ROLES, Lack, Relation, Study
 
 
-def assumed_tflops(study: Study) -> float:
+def assumed_tflops(study: Study, *, here: bool) -> float:
     """10^12 operations a second that one process is taken to sustain, if nobody says.
 
     15 is within reach of an A100 in single precision, which has 19.5 at most; 0.1 is about one
     thread of a CPU (0.09 was measured with the packaged model at full precision), which is what
-    ``accelerator: auto`` means where no GPU is found.
+    ``accelerator: auto`` means where no GPU is found, if it is to run ``here``, on no cluster.
     """
     accelerator = study.execution.accelerator
     found = torch.cuda.is_available() or torch.backends.mps.is_available()
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not found)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and here and not found)
     return 0.1 if on_cpu else 15.0
 
 

@@ -31,9 +31,8 @@ def export(out: Path, folder: Path, variant: str | None) -> tuple[str, bool]:
 
     Returns what to say, how many and how large, and whether all that the study has were there.
     """
-    if (folder / ROWS).exists() or next(folder.glob("*/chunks"), None):
-        raise ConfigError(f"{folder}: is a run folder; wanted an empty folder, or a new one")
-    wanted = None if variant is not None else _rows_now(out)
+    rows = _rows_now(out)
+    wanted = None if variant is not None else rows
     folders = _variant_folders(out, variant)
     others = [f.path.name for f in folders if wanted is not None and f.path.name not in wanted]
     folders = [found for found in folders if found.path.name not in others]
@@ -48,14 +47,20 @@ def export(out: Path, folder: Path, variant: str | None) -> tuple[str, bool]:
     lines += [f"{name}: 0 of {count} images; nothing is there" for name, count in missing.items()]
     if others:
         lines.append(f"not rows of this study now, and left out: {', '.join(others)}")
-    made = [one.images for one in written]
-    all_of_each = all(count in (None, n) for n, count in zip(made, counts.values(), strict=True))
-    whole = all_of_each and not missing and sum(made) > 0
+    whole = not missing and all(_has(one, (rows or {}).get(one.path.name, 1)) for one in folders)
     return "\n".join([*lines, *_sizes_as_text(written)]), whole
 
 
+def _has(found: VariantFolder, count: int) -> bool:
+    """Whether the images 0 .. ``count - 1`` are there."""
+    there = {index for part in found.finished() for index in part.indices if index < count}
+    return len(there) == count
+
+
 def _refuse_others(folder: Path, counts: Mapping[str, int | None]) -> None:
-    """Raise ConfigError if the folder has pictures of another export, which would mix in."""
+    """Raise ConfigError if the folder has pictures of another export, or is a run's."""
+    if (folder / ROWS).is_file() or next(folder.glob("*/chunks"), None):
+        raise ConfigError(f"{folder}: is a run folder; wanted an empty folder, or a new one")
     for path in sorted(folder.glob("*/*.png")):
         row, count = path.parent.name, counts.get(path.parent.name)
         ours = row in counts and path.stem.isdecimal()

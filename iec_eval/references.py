@@ -57,6 +57,7 @@ def make(
 
 def _check_out(images: str, out: Path) -> None:
     """Fail before the work, not after it."""
+    RunFolder(out.parent).open()
     if out.is_dir() or out.resolve() == Path(images).resolve():
         what = "a folder" if out.is_dir() else "the file that is read"
         raise ConfigError(f"OUT {out}: is {what}; give the name of a new file")
@@ -65,9 +66,8 @@ def _check_out(images: str, out: Path) -> None:
             ReferenceStatistics.load(out)
         except CorruptFile:
             raise ConfigError(
-                f"OUT {out}: is there, and no reference; give the name of a new file"
+                f"OUT {out}: is there, and no reference; delete it, or give the name of a new file"
             ) from None
-    RunFolder(out.parent).open()
 
 
 def _from_images(

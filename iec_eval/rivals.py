@@ -86,6 +86,11 @@ class Counted(Corrected):
         """MACs of another row with the base's network."""
         return expected_macs(plan, self.cost)
 
+    @property
+    def costs_more(self) -> bool:
+        """Whether the base costs less than the row, by more than the tolerance."""
+        return self.target > (1 + TOLERANCE) * self.macs(self.base)
+
     def near(self, macs: float) -> bool:
         """Whether a cost is the row's within the tolerance, or just above."""
         return is_near(macs, self.target)
@@ -102,8 +107,8 @@ class Rival:
 
 def equal_cost(row: Counted) -> list[Rival]:
     """What else the row's extra work could buy: steps, a fresher cache, Heun's evaluation."""
-    if row.target <= (1 + TOLERANCE) * row.macs(row.base):
-        return []  # the base itself is of equal cost
+    if not row.costs_more:  # the base itself is of equal cost
+        return []
     rivals = [Rival("more steps", "equal-cost", lambda: more_steps(row))]
     if any(interval(method) is not None for method in row.base.methods):
         rivals.append(Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
@@ -112,7 +117,7 @@ def equal_cost(row: Counted) -> list[Rival]:
 
 def heun(row: Counted) -> list[Rival]:
     """Of these the one that needs no calibration but the row's own: Heun's evaluation."""
-    if row.target <= (1 + TOLERANCE) * row.macs(row.base):
+    if not row.costs_more:
         return []
     return [Rival("Heun", "equal-cost", lambda: _heun(row))]
 
@@ -179,10 +184,11 @@ def _sampler_of(row: Counted, experiment: Experiment) -> Sampler:
 def _check_start(sampler: Sampler, own: Sampler) -> None:
     """Raise Incompatible if a sampler takes for noise what would be half an image already.
 
-    Beginning a timestep later than the row is rounding.
+    Beginning later than the row by a timestep or two of a thousand is rounding.
     """
     first, wanted = sampler.timesteps[0], own.timesteps[0]
-    if first < wanted - 1:
+    span = wanted - own.timesteps[-1]  # below 0 for a sampler that counts upwards
+    if (wanted - first) * math.copysign(1, span) > abs(span) / 500:
         raise Incompatible(
             f"{len(sampler.timesteps)} steps begin at timestep {first:g}, the row's at {wanted:g}"
         )

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from os.path import isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 
 import torch
@@ -324,8 +324,10 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise ConfigError if a file is where the folder or one above it should be."""
-        there = next((path for path in (self.path, *self.path.parents) if path.exists()), None)
-        if there is not None and not there.is_dir():
+        # unlike those of Path, these call what they may not look at absent
+        above = (path for path in (self.path, *self.path.parents) if exists(path))
+        there = next(above, None)
+        if there is not None and not isdir(there):
             raise ConfigError(f"{there}: is a file, wanted a folder")
 
     def tidy(self) -> None:

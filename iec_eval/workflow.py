@@ -147,7 +147,8 @@ def show(
     lacking = list[str]()
     with hub.offline():
         session = prepare(source, overrides, out, lacking)
-    tflops = inspection.assumed_tflops(session.study) if tflops is None else tflops
+    if tflops is None:
+        tflops = inspection.assumed_tflops(session.study, here=scale is None)
     rows = inspection.study_rows(session.jobs, session.study, session.run, tflops)
     scaled = None
     if scale is not None:

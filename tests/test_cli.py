@@ -466,6 +466,7 @@ def test_exported_are_the_images_of_the_table(
     assert told.exit_code == 1
     assert cli("export", out, tmp_path / "all", "--variant", "cached + IEC").exit_code == 0
     assert [len(found) for found in exported(tmp_path / "all").values()] == [10]
+    assert cli("export", out, tmp_path / "some", "--variant", "cached-").exit_code == 1
 
 
 def test_export_says_what_1000_images_take_in_either_form(
@@ -607,7 +608,9 @@ def test_a_reference_replaces_nothing_but_a_reference(
     mine = tmp_path / "mine.yaml"
     mine.write_text("study: mine")
     told = refusal(cli("reference", collections["npz"], mine, *options))
-    assert f"OUT {mine}: is there, and no reference; give the name of a new file" in told
+    assert (
+        f"OUT {mine}: is there, and no reference; delete it, or give the name of a new file" in told
+    )
     assert mine.read_text() == "study: mine"
 
 
@@ -955,10 +958,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     cli: Cli, write_study: Write, toy: Toy, finished: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    below, nowhere = tmp_path / "file" / "out", Path("/proc/out")
+    below, others = tmp_path / "file" / "out", [Path("/proc/out"), tmp_path / ("x" * 300)]
     study = write_study(tmp_path)
     np.savez(tmp_path / "a.npz", np.zeros((9, 8, 8, 1), dtype=np.uint8))
-    for out in (below, nowhere):
+    for out in (below, *others):
         for words in (
             ("launch", study, "-o", out),
             ("generate", study, "-o", out),

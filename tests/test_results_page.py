@@ -214,8 +214,12 @@ def test_single_images_grow_as_the_page_says(
     )
     assert f"{corrected['exponential']} of 32 images exponentially" in page
     assert (
-        f"({plain['exponential']} of 32), and with IEC in as many ({corrected['exponential']})"
-        in readme
+        f"in {plain['exponential']} of 32 images, and with IEC in {corrected['exponential']}"
+        in (readme)
+    )
+    assert (
+        f"in {corrected['exponential']} of 32 images with it and {plain['exponential']} without"
+        in page
     )
 
 

@@ -123,7 +123,7 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None) -> None:
     "--tflops",
     type=FiniteRange(min=0, min_open=True),
     help="Sustained speed of one process to estimate times with: 10^12 floating-point operations "
-    "a second.  [default: 15; 0.1 where the study runs on a CPU here]",
+    "a second.  [default: 15; 0.1 on a CPU, which auto is where no GPU is found, but for --scale]",
 )
 @click.option("--scale", metavar="P,P,...", help="Estimate for so many processes: 1,8,64,512.")
 @click.option(

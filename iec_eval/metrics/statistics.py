@@ -103,7 +103,7 @@ class ReferenceStatistics:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptFile(
                 f"reference {path}: not reference statistics ({error}); "
-                f"make them again with iec-eval reference IMAGES {path}"
+                f"delete it and make them again with iec-eval reference IMAGES {path}"
             ) from error
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, Literal, get_type_hints
 from unittest.mock import patch
 
@@ -122,15 +123,15 @@ class DiffusersSampler(Sampler):
         self.clips = bool(config.get("clip_sample")) or bool(config.get("thresholding"))
 
     def other_steps(self, number: int) -> Mapping[str, Any]:
-        """``steps``. Raises Incompatible for some numbers of DDIMScheduler.
+        """``steps``. Raises Incompatible for DDIMScheduler if they do not follow each other.
 
-        A step of it goes from t to ``t - len // steps``, wherever the next one begins.
+        A step of it goes from t to ``t - len // steps``, wherever the next one begins. If its own
+        steps do not meet either, other numbers are no worse.
         """
         changed = super().other_steps(number)
-        if self.options.scheduler == "DDIMScheduler":
+        if self.options.scheduler == "DDIMScheduler" and _meet(self.timesteps, len(self.schedule)):
             options, length = self.options.model_copy(update=changed), len(self.schedule)
-            times = _scheduler(options, self.schedule).timesteps
-            if (times[:-1] - times[1:] != length // number).any():
+            if not _meet(_scheduler(options, self.schedule).timesteps.tolist(), length):
                 raise Incompatible(
                     f"{number} steps of DDIMScheduler, each of {length // number} timesteps, do "
                     f"not follow each other; numbers that divide {length} do"
@@ -158,6 +159,12 @@ class DiffusersSampler(Sampler):
         scheduler = _copy(state.memory.scheduler)
         sample = _advance(scheduler, index, prediction, state.sample, lambda: draw.value)
         return State(sample, Position(scheduler, index + 1))
+
+
+def _meet(timesteps: Sequence[float], length: int) -> bool:
+    """Whether each of DDIMScheduler's steps ends where the next one begins."""
+    step = length // len(timesteps)
+    return all(now - then == step for now, then in pairwise(timesteps))
 
 
 def _copy(scheduler: Any) -> Any:
