@@ -156,7 +156,7 @@ class FolderImages:
     def image(self, index: int) -> Tensor:
         try:
             with Image.open(self.files[index]) as picture:
-                return _pil_to_tensor(picture)
+                return _pil_to_tensor(picture, f"image {self.files[index]}")
         except DAMAGED as error:
             raise CorruptFile(f"image {self.files[index]}: cannot be read ({error})") from error
 
@@ -189,7 +189,7 @@ class ZipImages:
         archive, member = self._archive(), self.members[index]
         try:
             with Image.open(io.BytesIO(archive.read(member))) as picture:
-                return _pil_to_tensor(picture)
+                return _pil_to_tensor(picture, f"image {member} in {self.path}")
         except DAMAGED_ZIP as error:
             raise CorruptFile(f"image {member} in {self.path}: cannot be read ({error})") from error
 
@@ -257,7 +257,7 @@ class TorchvisionImages:
         return len(self._data)
 
     def image(self, index: int) -> Tensor:
-        return _pil_to_tensor(self._data[index][0])
+        return _pil_to_tensor(self._data[index][0], f"image {index} of {self._data}")
 
     def label(self, index: int) -> int | None:
         return int(self._data[index][1])
@@ -353,7 +353,12 @@ def _classes(files: Sequence[PurePath]) -> tuple[list[str] | None, list[int] | N
     return names, [position[top] for top in tops]
 
 
-def _pil_to_tensor(picture: Image.Image) -> Tensor:
+def _pil_to_tensor(picture: Image.Image, where: str) -> Tensor:
+    """A picture as uint8 ``[1 or 3, H, W]``; raises ConfigError for one of more bits a channel."""
+    if picture.mode[0] in "IF":  # which Pillow would cut off at 255
+        raise ConfigError(
+            f"{where}: has more than 8 bits a channel ({picture.mode}); convert it to 8 bits first"
+        )
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     array = np.array(picture, dtype=np.uint8)

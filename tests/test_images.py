@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import multiprocessing
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -348,6 +349,16 @@ def test_a_missing_collection_says_what_is_wanted(tmp_path: Path) -> None:
         open_images(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"no image files there \(wanted \.bmp \.jpeg"):
         open_images(str(tmp_path))
+
+
+def test_a_picture_of_more_than_8_bits_is_refused(tmp_path: Path) -> None:
+    """Cut off at 255 it would be nearly white."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path, "a.png")
+    for source, index in ((tmp_path, 0), (tmp_path / "images.zip", 0)):
+        with pytest.raises(ConfigError, match=r"[ab]\.\w+.*: has more than 8 bits a channel"):
+            open_images(str(source)).image(index)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "bytes flipped", "no image"])

@@ -1325,3 +1325,20 @@ def test_layers_must_have_their_names_in_the_original_network() -> None:
     bench = replace(bench, network=Wrapped(bench.network))
     with pytest.raises(Incompatible, match=r"original network has no inside\.first"):
         learn(bench)
+
+
+def test_arguments_belong_together_by_name_or_else_by_order() -> None:
+    """diffusers' own blocks name some arguments that a walk along the layers gives by place."""
+    x, y, t, s = (torch.full((2, 1, 1), value) for value in (1.0, 2.0, 3.0, 4.0))
+    mine = torch.tensor([True, False])
+    walked = Arguments((x, t), {"scale": 5})
+    called = Arguments((y,), {"scale": 5, "temb": s})
+    found = walked.mixed(called, mine)
+    assert [value.flatten().tolist() for value in found.positional] == [[1, 2], [3, 4]]
+    assert found.named == {"scale": 5}
+    back = called.mixed(walked, mine)
+    assert back.positional[0].flatten().tolist() == [2, 1]
+    assert back.named["temb"].flatten().tolist() == [4, 3]
+    swapped = Arguments((), {"b": s, "a": y}).mixed(Arguments((), {"a": x, "b": t}), mine)
+    assert swapped.named["b"].flatten().tolist() == [4, 3]
+    assert swapped.named["a"].flatten().tolist() == [2, 1]

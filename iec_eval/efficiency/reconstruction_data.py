@@ -7,7 +7,7 @@ computes it at the latest full step of the same trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -36,26 +36,39 @@ class Arguments:
 
     def rows(self, which: Tensor | slice, device: torch.device) -> Arguments:
         """The arguments of some rows."""
-        return self._map(lambda value: value[which].to(device))
+        return self.changed(lambda value: value[which].to(device))
 
     def mixed(self, other: Arguments, mine: Tensor) -> Arguments:
-        """These arguments in the rows where ``mine`` is true, the other ones elsewhere."""
+        """These arguments in the rows where ``mine`` is true, the other ones elsewhere.
 
-        def choose(value: Tensor, alternative: Any) -> Tensor:
-            return torch.where(mine.view(-1, *[1] * (value.dim() - 1)), value, alternative)
+        Those that have the same name in both belong together, the rest by their order: what one
+        call gives by name, another may give by its place.
+        """
+        others = {name: value for name, value in other.named.items() if name not in self.named}
+        rest = iter([v for v in (*other.positional, *others.values()) if isinstance(v, Tensor)])
 
-        return self._map(choose, other)
+        def alternative(name: str) -> Tensor:
+            found: Tensor = other.named[name] if name in other.named else next(rest)
+            return found
 
-    def _map(self, change: Any, other: Arguments | None = None) -> Arguments:
-        def apply(value: Any, alternative: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return change(value) if other is None else change(value, alternative)
+        def chosen(value: Tensor, instead: Tensor) -> Tensor:
+            return torch.where(mine.view(-1, *[1] * (value.dim() - 1)), value, instead)
 
-        second = other or self
-        pairs = zip(self.positional, second.positional, strict=True)
-        named = {name: apply(value, second.named[name]) for name, value in self.named.items()}
-        return Arguments(tuple(apply(*pair) for pair in pairs), named)
+        placed = [chosen(v, next(rest)) if isinstance(v, Tensor) else v for v in self.positional]
+        named = {
+            name: chosen(value, alternative(name)) if isinstance(value, Tensor) else value
+            for name, value in self.named.items()
+        }
+        return Arguments(tuple(placed), named)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Arguments:
+        """The same, with each tensor replaced by what ``change`` makes of it."""
+
+        def apply(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        named = {name: apply(value) for name, value in self.named.items()}
+        return Arguments(tuple(map(apply, self.positional)), named)
 
     @classmethod
     def joined(cls, parts: Sequence[Arguments]) -> Arguments:
@@ -280,9 +293,8 @@ class _Recorder:
         steps = torch.cat([torch.full((n,), one[1]) for n, one in zip(sizes, kept, strict=True)])
         features = [one[2] for one in kept if one[2] is not None]
         full = sum(n for n, one in zip(sizes, kept, strict=True) if one[1] in self._full_steps)
-        return Items(
-            joined._map(torch.clone), steps, full, torch.cat(features).clone() if features else None
-        )
+        recalled = torch.cat(features).clone() if features else None
+        return Items(joined.changed(torch.clone), steps, full, recalled)
 
     def _draw(self, batch: int) -> Tensor:
         """Rows of this batch to keep, so that in the end all rows were as likely."""
