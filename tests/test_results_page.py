@@ -213,14 +213,10 @@ def test_single_images_grow_as_the_page_says(
         f"{plain['flattening']} flatten out" in page
     )
     assert f"{corrected['exponential']} of 32 images exponentially" in page
-    assert (
-        f"in {plain['exponential']} of 32 images, and with IEC in {corrected['exponential']}"
-        in (readme)
-    )
-    assert (
-        f"in {corrected['exponential']} of 32 images with it and {plain['exponential']} without"
-        in page
-    )
+    without, along = plain["exponential"], corrected["exponential"]
+    assert f"in {without} of 32 images, and in {along} where" in readme
+    told = f"in {along} of 32 images where both runs are corrected and {without} where neither is"
+    assert told in page
 
 
 def test_means_grow_by_the_rates_the_page_says(
