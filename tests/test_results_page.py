@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from results_tables import AGAIN, PAGE, ROOT, rewritten, short_study
+from results_tables import AGAIN, PAGE, ROOT, results_of, rewritten, short_study
 
 from iec_eval.analysis.growth import fit_growth
 from iec_eval.results import Results, read_results
@@ -24,6 +24,7 @@ from iec_eval.study import load
 PAGES = [ROOT / "README.md", PAGE, ROOT / "docs" / "correctors.md"]
 PUBLISHED = [read_results(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
 
+SPACINGS = ("quad", "uniform")
 Triple = tuple[float, float, float]
 
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
@@ -122,6 +123,23 @@ def test_the_table_in_short_has_every_study_of_the_papers_tables() -> None:
     published = {path.stem for path in (ROOT / "docs" / "results").glob("table*.json")}
     studies = {name.removesuffix(AGAIN) for name in published if "-version" not in name}
     assert {short_study(row[0], row[1]) for row in table_under("| method ")} == studies
+
+
+def test_how_often_inception_score_prefers_iec_to_its_equal_cost_rivals() -> None:
+    names = [f"{table}-{spacing}" for table in ("table3", "table3-w4a8") for spacing in SPACINGS]
+    judged = [
+        found.judgement
+        for name in ("table2-quad", f"table2-uniform{AGAIN}", *names)
+        for row in results_of(name).variants
+        for found in row.comparisons
+        if found.metric == "is-fashion" and found.relation == "equal-cost"
+    ]
+    assert Counter(judged) == {"better": 27, "not distinguishable": 1}
+    page, readme = (" ".join(path.read_text().split()) for path in (PAGE, PAGES[0]))
+    assert (
+        "Inception Score prefers IEC in 27 of these 28 comparisons, and cannot tell in one" in page
+    )
+    assert "Inception Score prefers IEC in 27 of the 28 comparisons" in readme
 
 
 # --- figures 1 and 2 ----------------------------------------------------------------------------
