@@ -283,13 +283,21 @@ def test_no_space_in_the_middle_is_one_message(
     assert_identical(place, undisturbed)
 
 
-@pytest.mark.parametrize("where", ["file", "file/below", "/proc/iec-eval"])
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("file", "FILE: is a file, wanted a folder"),
+        ("file/below", "FILE: is a file, wanted a folder"),
+        ("/proc/iec-eval", "cannot write /proc/iec-eval"),
+    ],
+)
 @pytest.mark.parametrize("verb", ["generate", "launch"])
 def test_an_unwritable_place_is_one_message(
     make_place: Callable[..., Place],
     cli: Callable[..., Result],
     tmp_path: Path,
     where: str,
+    told: str,
     verb: str,
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -297,7 +305,7 @@ def test_an_unwritable_place_is_one_message(
     assert result.exit_code == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"iec-eval: cannot write {tmp_path / where}")
+    assert result.stderr.startswith(f"iec-eval: {told.replace('FILE', str(tmp_path / 'file'))}")
 
 
 # --- more images, other chunks, damaged chunks, shards --------------------------------------------

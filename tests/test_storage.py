@@ -89,8 +89,10 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
 @pytest.mark.parametrize("below", ["file", "file/deeper/still"])
 def test_a_place_that_is_a_file_is_one_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=f"cannot write {tmp_path / below}"):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'file'}: is a file, wanted a folder"):
         RunFolder(tmp_path / below).open()
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path / below}"):
+        write_tensors(tmp_path / below / "a", {"x": torch.zeros(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
