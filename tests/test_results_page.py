@@ -125,16 +125,20 @@ def test_the_table_in_short_has_every_study_of_the_papers_tables() -> None:
     assert {short_study(row[0], row[1]) for row in table_under("| method ")} == studies
 
 
-def test_how_often_inception_score_prefers_iec_to_its_equal_cost_rivals() -> None:
+def test_how_often_each_score_prefers_iec_to_its_equal_cost_rivals() -> None:
     names = [f"{table}-{spacing}" for table in ("table3", "table3-w4a8") for spacing in SPACINGS]
-    judged = [
-        found.judgement
-        for name in ("table2-quad", f"table2-uniform{AGAIN}", *names)
-        for row in results_of(name).variants
-        for found in row.comparisons
-        if found.metric == "is-fashion" and found.relation == "equal-cost"
-    ]
-    assert Counter(judged) == {"better": 27, "not distinguishable": 1}
+    judged = {
+        metric: Counter(
+            found.judgement
+            for name in ("table2-quad", f"table2-uniform{AGAIN}", *names)
+            for row in results_of(name).variants
+            for found in row.comparisons
+            if found.metric == metric and found.relation == "equal-cost"
+        )
+        for metric in ("fid-fashion", "is-fashion")
+    }
+    assert judged["fid-fashion"] == {"worse": 28}
+    assert judged["is-fashion"] == {"better": 27, "not distinguishable": 1}
     page, readme = (" ".join(path.read_text().split()) for path in (PAGE, PAGES[0]))
     assert (
         "Inception Score prefers IEC in 27 of these 28 comparisons, and cannot tell in one" in page
