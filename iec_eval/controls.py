@@ -239,9 +239,12 @@ class _Table:
 
 
 def _spending(row: Counted, wanted: Sequence[Control]) -> list[Rival]:
+    """The wanted rivals of equal cost; none where the base itself is one."""
+    if not row.costs_more:
+        return []
     if "equal-cost" in wanted:
         return equal_cost(row)
-    return heun(row) if "heun" in wanted else []
+    return [heun(row)] if "heun" in wanted else []
 
 
 def _correction(plan: Plan) -> str:

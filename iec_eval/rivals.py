@@ -107,19 +107,15 @@ class Rival:
 
 def equal_cost(row: Counted) -> list[Rival]:
     """What else the row's extra work could buy: steps, a fresher cache, Heun's evaluation."""
-    if not row.costs_more:  # the base itself is of equal cost
-        return []
     rivals = [Rival("more steps", "equal-cost", lambda: more_steps(row))]
     if any(interval(method) is not None for method in row.base.methods):
         rivals.append(Rival("smaller interval", "equal-cost", lambda: smaller_interval(row)))
-    return [*rivals, *heun(row)]
+    return [*rivals, heun(row)]
 
 
-def heun(row: Counted) -> list[Rival]:
+def heun(row: Counted) -> Rival:
     """Of these the one that needs no calibration but the row's own: Heun's evaluation."""
-    if not row.costs_more:
-        return []
-    return [Rival("Heun", "equal-cost", lambda: _heun(row))]
+    return Rival("Heun", "equal-cost", lambda: _heun(row))
 
 
 def more_steps(row: Counted) -> Experiment:

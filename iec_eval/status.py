@@ -39,6 +39,7 @@ MOST_NAMED = 5  # rows whose speed is not known
 MEASURED = 20  # files of a row that its speed is taken from, the newest
 
 State = Literal["done", "running", "failed", "missing"]
+ResultsState = Literal["missing", "outdated", "unreadable", "current"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class RunStatus:
     rows: list[RowStatus]
     jobs: list[JobStatus]
     silence: str | None
-    results: Literal["missing", "outdated", "unreadable", "current"]
+    results: ResultsState
 
     @property
     def workers(self) -> int:
@@ -344,7 +345,7 @@ def _with_speeds(
     return made
 
 
-def _results(out: Path, newest: float) -> Literal["missing", "outdated", "unreadable", "current"]:
+def _results(out: Path, newest: float) -> ResultsState:
     written = _written(out / "results.json")
     if written is None:
         return "missing"
