@@ -35,6 +35,28 @@ class BaseOptions(BaseModel):
         return kept
 
 
+def refuse_without_effect(
+    options: BaseModel, deciding: str, used_by: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse what was given and the chosen value of another option does not use.
+
+    Args:
+        options: as validated.
+        deciding: name of the option that decides, a string.
+        used_by: for each option that not every choice uses, the choices that do.
+
+    Raises:
+        ValueError: with the first of them; a validator may raise it as it is.
+    """
+    chosen = getattr(options, deciding)
+    for name, choices in used_by.items():
+        if name in options.model_fields_set and chosen not in choices:
+            raise ValueError(
+                f"{name} has no effect on the {deciding} {chosen}; leave it out, or take "
+                f"{deciding} {' or '.join(choices)}"
+            )
+
+
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[int | str, ...]
 

@@ -167,7 +167,7 @@ def test_cachequants_stages_take_its_options() -> None:
         "correction": {"layers": ["conv1"]},
         "reconstruction": {"preset": "church"},
     }
-    parts = build(CacheQuant, given).parts()
+    parts = build(CacheQuant, {**given, "reconstruct": True}).parts()
     cache = build(DeepCache, {k: given[k] for k in ("interval", "cut", "schedule", "power")})
     assert parts[0].options == cache.options
     assert parts[2].options == build(TimestepQuantizer, {"weight_bits": 5}).options
@@ -187,6 +187,16 @@ def test_cachequants_stages_take_its_options() -> None:
         (
             {"interval": 2, "reconstruction": {"iteration": 5}},
             "unknown key 'reconstruction.iteration'; did you mean 'iterations'",
+        ),
+        (
+            {"interval": 2, "reconstruction": {"iterations": 5}},
+            "reconstruction has no effect, for weights of 8 bits are not reconstructed; "
+            "leave it out, or say reconstruct: true",
+        ),
+        (
+            {"interval": 2, "quantizer": W4, "correction": {"layers": ["conv1"]}},
+            "correction has no effect, for weights of 4 bits are reconstructed; "
+            "leave it out, or say reconstruct: false",
         ),
     ],
 )

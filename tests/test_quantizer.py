@@ -383,6 +383,23 @@ def test_unfit_networks_are_refused() -> None:
         method.apply(method.apply(unet(), clock, {}), clock, {})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"percentile": 99.9}, "percentile has no effect on the search mse"),
+        ({"search": "max", "percentile": 99.0}, "percentile has no effect on the search max"),
+        ({"search": "max", "search_samples": 5}, "search_samples .* take search mse or percentile"),
+        (
+            {"search": "percentile", "official_ranges": True},
+            "official_ranges .* take search mse or max",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(TimestepQuantizer, options)
+
+
 @pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "softmax_bits", "edge_bits"])
 @pytest.mark.parametrize("bits", [1, 0, 9, 15, 17, -8])
 def test_bits_out_of_range_are_refused(name: str, bits: int) -> None:

@@ -324,9 +324,9 @@ def test_the_regularizer_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         return harden(self)
 
     monkeypatch.setattr(SoftRounding, "harden", spy)
-    for regularizer in ("annealed", "official"):
-        options = {"iterations": 100, "rounding_rate": 0.1, "regularizer_weight": 1.0}
-        learn(quantized(), regularizer=regularizer, **options)
+    annealing: Any = {"regularizer": "annealed", "regularizer_weight": 1.0}
+    for regularizer in (annealing, {"regularizer": "official"}):
+        learn(quantized(), iterations=100, rounding_rate=0.1, **regularizer)
     annealed, official = shares[:3], shares[3:]
     assert min(annealed) > 0.5
     assert max(official) < 0.35
@@ -390,6 +390,10 @@ def test_every_preset_may_be_named() -> None:
         ({"zero_rate": -1.0}, "zero_rate: .*greater than or equal to 0"),
         ({"weight_rate": -1.0}, "weight_rate: .*greater than or equal to 0"),
         ({"regularizer_weight": 0}, "regularizer_weight: .*greater than 0, got 0"),
+        (
+            {"regularizer": "official", "regularizer_weight": 0.1},
+            "regularizer_weight has no effect on the regularizer official",
+        ),
         ({"quantized_inputs": 1.5}, "quantized_inputs: .*less than or equal to 1, got 1.5"),
         ({"learning_rate": 0.1}, "unknown key 'learning_rate'"),
     ],
@@ -954,8 +958,8 @@ def test_rates_fall_along_a_cosine_but_for_the_annealed_rounding(
 
 def test_the_regulariser_leaves_little_to_hardening() -> None:
     """What is learned is decided while it is learned; without it hardening loses much of it."""
-    options = {"iterations": 300, "rounding_rate": 0.05, "regularizer_weight": 0.3}
-    decided = losses(learn(quantized(), **options))
+    options: Any = {"iterations": 300, "rounding_rate": 0.05}
+    decided = losses(learn(quantized(), **options, regularizer_weight=0.3))
     assert all(hard < 1.15 * soft for _, soft, hard in decided.values())
     left = losses(learn(quantized(), **options, regularizer="official"))
     assert any(hard > 1.5 * soft for _, soft, hard in left.values())

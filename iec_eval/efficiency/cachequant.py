@@ -7,8 +7,9 @@ by affine maps, and with ``schedule: dps`` chooses the full steps so that recall
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from iec_eval.efficiency.base import CompositeMethod, EfficiencyMethod
 from iec_eval.efficiency.deepcache import DeepCache, DeepCacheOptions
@@ -39,6 +40,23 @@ class CacheQuantOptions(DeepCacheOptions):
         default_factory=ReconstructionOptions, description="options of reconstruction"
     )
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether reconstruction is the last stage, or the correction of quantized layers."""
+        return self.quantizer.weight_bits < 8 if self.reconstruct is None else self.reconstruct
+
+    @model_validator(mode="after")
+    def _refuse_unused_stage(self) -> Self:
+        """Options of the stage that the bits leave out; who says ``reconstruct`` has chosen."""
+        unused = "correction" if self.reconstructs else "reconstruction"
+        if self.reconstruct is None and unused in self.model_fields_set:
+            raise ValueError(
+                f"{unused} has no effect, for weights of {self.quantizer.weight_bits} bits are "
+                f"{'' if self.reconstructs else 'not '}reconstructed; leave it out, or say "
+                f"reconstruct: {'false' if self.reconstructs else 'true'}"
+            )
+        return self
+
 
 class CacheQuant(CompositeMethod):
     """Scheduled cache, its correction, quantizer, and correction or reconstruction of that."""
@@ -56,11 +74,6 @@ class CacheQuant(CompositeMethod):
             CacheCorrection(BaseOptions()),
             TimestepQuantizer(options.quantizer),
             Reconstruction(options.reconstruction)
-            if self._reconstructs
+            if options.reconstructs
             else QuantizationCorrection(options.correction),
         ]
-
-    @property
-    def _reconstructs(self) -> bool:
-        wanted = self.options.reconstruct
-        return self.options.quantizer.weight_bits < 8 if wanted is None else wanted

@@ -28,7 +28,7 @@ from iec_eval.efficiency.schedules import (
 )
 from iec_eval.efficiency.unet_walk import Context, UNetWalk
 from iec_eval.errors import ConfigError
-from iec_eval.options import BaseOptions
+from iec_eval.options import BaseOptions, refuse_without_effect
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
@@ -71,12 +71,7 @@ class DeepCacheOptions(BaseOptions):
 
     @model_validator(mode="after")
     def _refuse_without_effect(self) -> Self:
-        for name, schedules in USED_BY.items():
-            if name in self.model_fields_set and self.schedule not in schedules:
-                raise ValueError(
-                    f"{name} has no effect on the schedule {self.schedule}; leave it out, or take "
-                    f"schedule {' or '.join(schedules)}"
-                )
+        refuse_without_effect(self, "schedule", USED_BY)
         return self
 
 

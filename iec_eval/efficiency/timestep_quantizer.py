@@ -8,9 +8,9 @@ products are floats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from iec_eval.callbacks.base import DenoisingCallback
@@ -27,12 +27,17 @@ from iec_eval.efficiency.quantized_network import (
 from iec_eval.efficiency.quantizer import DEBUG_BITS, SAMPLES, Grid, Search
 from iec_eval.efficiency.unet_walk import core_of, skip_splits
 from iec_eval.errors import ConfigError
-from iec_eval.options import BaseOptions
+from iec_eval.options import BaseOptions, refuse_without_effect
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
 EDGES = ("conv_in", "conv_out")
+USED_BY: Mapping[str, tuple[Search, ...]] = {
+    "percentile": ("percentile",),
+    "search_samples": ("mse", "percentile"),
+    "official_ranges": ("mse", "max"),
+}
 Granularity = Literal["tensor", "channel"]
 
 
@@ -56,7 +61,9 @@ class TimestepQuantizerOptions(BaseOptions):
         99.0, ge=50, le=100, description="for percentile: the upper one; the lower mirrors it"
     )
     search_samples: int | None = Field(
-        SAMPLES, ge=1, description="values of an activation that score a grid; null: all of them"
+        SAMPLES,
+        ge=1,
+        description="for mse and percentile: values of an activation that score a grid; null: all",
     )
     images: int = Field(
         64, ge=1, description="calibration images that activation ranges are taken of, at most"
@@ -68,7 +75,9 @@ class TimestepQuantizerOptions(BaseOptions):
         True, description="in the decoder, quantize hidden state and skip connection apart"
     )
     official_ranges: bool = Field(
-        False, description="ranges of single-signed tensors as the released code takes them"
+        False,
+        description="for mse and max: ranges of single-signed tensors as the released code takes "
+        "them",
     )
 
     @field_validator("weight_bits", "activation_bits", "softmax_bits", "edge_bits")
@@ -77,6 +86,11 @@ class TimestepQuantizerOptions(BaseOptions):
         if not (2 <= value <= 8 or value == DEBUG_BITS):
             raise ValueError("wanted 2 to 8 bits, or 16 to debug")
         return value
+
+    @model_validator(mode="after")
+    def _refuse_without_effect(self) -> Self:
+        refuse_without_effect(self, "search", USED_BY)
+        return self
 
 
 class TimestepQuantizer(EfficiencyMethod):
