@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Final, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,41 +20,36 @@ NOT_DECISIVE: Final = "decides no image"
 The place of a file whose content is hashed is one, and the name of a set of other options.
 """
 
+UsedBy = Mapping[str, Mapping[str, Sequence[str]]]
+
 
 class BaseOptions(BaseModel):
     """Base of every part's options: immutable, strict about types, unknown keys refused.
 
-    So are numbers that are not finite, of which nothing could be computed.
+    So are numbers that are not finite, of which nothing could be computed, and options that are
+    given though the chosen value of another does not use them. A subclass says which these are in
+    ``used_by``: under the name of the option that decides, for each option that not every value of
+    it uses, the values that do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    used_by: ClassVar[UsedBy] = {}
+
+    def model_post_init(self, _: Any) -> None:
+        """No validator, which would change what pydantic calls an alternative in its messages."""
+        for deciding, options in self.used_by.items():
+            chosen = getattr(self, deciding)
+            for name, choices in options.items():
+                if name in self.model_fields_set and chosen not in choices:
+                    raise ValueError(
+                        f"{name} has no effect on the {deciding} {chosen}; leave it out, or take "
+                        f"{deciding} {' or '.join(choices)}"
+                    )
 
     def decisive(self) -> dict[str, Any]:
         """All options as JSON values, defaults included, but those marked NOT_DECISIVE."""
         kept: dict[str, Any] = _decisive(self, self.model_dump(mode="json"))
         return kept
-
-
-def refuse_without_effect(
-    options: BaseModel, deciding: str, used_by: Mapping[str, Sequence[str]]
-) -> None:
-    """Refuse what was given and the chosen value of another option does not use.
-
-    Args:
-        options: as validated.
-        deciding: name of the option that decides, a string.
-        used_by: for each option that not every choice uses, the choices that do.
-
-    Raises:
-        ValueError: with the first of them; a validator may raise it as it is.
-    """
-    chosen = getattr(options, deciding)
-    for name, choices in used_by.items():
-        if name in options.model_fields_set and chosen not in choices:
-            raise ValueError(
-                f"{name} has no effect on the {deciding} {chosen}; leave it out, or take "
-                f"{deciding} {' or '.join(choices)}"
-            )
 
 
 Model = TypeVar("Model", bound=BaseModel)

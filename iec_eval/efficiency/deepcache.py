@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from iec_eval.callbacks.base import DenoisingCallback
@@ -28,21 +28,24 @@ from iec_eval.efficiency.schedules import (
 )
 from iec_eval.efficiency.unet_walk import Context, UNetWalk
 from iec_eval.errors import ConfigError
-from iec_eval.options import BaseOptions, refuse_without_effect
+from iec_eval.options import BaseOptions, UsedBy
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
-USED_BY = {
-    "power": ("power", "centred-power"),
-    "center": ("centred-power",),
-    "schedule_images": ("dps",),
-}
 TOGETHER = 8  # images whose features of 2N steps are in memory at once
 
 
 class DeepCacheOptions(BaseOptions):
     """Options of DeepCache."""
+
+    used_by: ClassVar[UsedBy] = {
+        "schedule": {
+            "power": ("power", "centred-power"),
+            "center": ("centred-power",),
+            "schedule_images": ("dps",),
+        }
+    }
 
     interval: int = Field(
         ge=1,
@@ -68,11 +71,6 @@ class DeepCacheOptions(BaseOptions):
     schedule_images: int = Field(
         128, ge=1, description="for dps: calibration images whose features are compared, at most"
     )
-
-    @model_validator(mode="after")
-    def _refuse_without_effect(self) -> Self:
-        refuse_without_effect(self, "schedule", USED_BY)
-        return self
 
 
 class DeepCache(EfficiencyMethod):

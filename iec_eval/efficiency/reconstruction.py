@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import Transformer2DModel
@@ -35,7 +35,7 @@ from iec_eval.efficiency.reconstruction_data import BlockData, Items, gather_ite
 from iec_eval.efficiency.soft_rounding import SoftRounding
 from iec_eval.efficiency.unet_walk import core_of
 from iec_eval.errors import ConfigError, Incompatible
-from iec_eval.options import NOT_DECISIVE, BaseOptions, refuse_without_effect
+from iec_eval.options import NOT_DECISIVE, BaseOptions, UsedBy
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench, Draft
@@ -58,6 +58,8 @@ RATES: Mapping[str, tuple[float, float, float, float]] = {
 
 class ReconstructionOptions(BaseOptions):
     """Options of reconstruction; ``preset`` fills in learning rates that are not given."""
+
+    used_by: ClassVar[UsedBy] = {"regularizer": {"regularizer_weight": ("annealed",)}}
 
     preset: Annotated[
         Literal[
@@ -105,11 +107,6 @@ class ReconstructionOptions(BaseOptions):
             return given
         names = ("rounding_rate", "scale_rate", "zero_rate", "weight_rate")
         return {**dict(zip(names, RATES[preset], strict=True)), **given}
-
-    @model_validator(mode="after")
-    def _refuse_without_effect(self) -> Self:
-        refuse_without_effect(self, "regularizer", {"regularizer_weight": ("annealed",)})
-        return self
 
 
 class Reconstruction(EfficiencyMethod):

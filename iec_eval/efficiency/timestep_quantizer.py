@@ -8,9 +8,9 @@ products are floats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from iec_eval.callbacks.base import DenoisingCallback
@@ -27,22 +27,25 @@ from iec_eval.efficiency.quantized_network import (
 from iec_eval.efficiency.quantizer import DEBUG_BITS, SAMPLES, Grid, Search
 from iec_eval.efficiency.unet_walk import core_of, skip_splits
 from iec_eval.errors import ConfigError
-from iec_eval.options import BaseOptions, refuse_without_effect
+from iec_eval.options import BaseOptions, UsedBy
 
 if TYPE_CHECKING:
     from iec_eval.calibration import Bench
 
 EDGES = ("conv_in", "conv_out")
-USED_BY: Mapping[str, tuple[Search, ...]] = {
-    "percentile": ("percentile",),
-    "search_samples": ("mse", "percentile"),
-    "official_ranges": ("mse", "max"),
-}
 Granularity = Literal["tensor", "channel"]
 
 
 class TimestepQuantizerOptions(BaseOptions):
     """Options of the timestep-wise quantizer."""
+
+    used_by: ClassVar[UsedBy] = {
+        "search": {
+            "percentile": ("percentile",),
+            "search_samples": ("mse", "percentile"),
+            "official_ranges": ("mse", "max"),
+        }
+    }
 
     weight_bits: int = Field(8, description="of weights: 2 to 8, or 16 to debug")
     activation_bits: int = Field(8, description="of layer inputs and of q, k, v: 2 to 8, or 16")
@@ -86,11 +89,6 @@ class TimestepQuantizerOptions(BaseOptions):
         if not (2 <= value <= 8 or value == DEBUG_BITS):
             raise ValueError("wanted 2 to 8 bits, or 16 to debug")
         return value
-
-    @model_validator(mode="after")
-    def _refuse_without_effect(self) -> Self:
-        refuse_without_effect(self, "search", USED_BY)
-        return self
 
 
 class TimestepQuantizer(EfficiencyMethod):
